@@ -150,21 +150,20 @@ class FalconDrafterConfig(PreTrainedConfig):
             raise ValueError(f"fusion must be one of {', '.join(FUSIONS)}, got {self.fusion!r}.")
         if self.verifier not in VERIFIERS:
             raise ValueError(f"verifier must be one of {', '.join(VERIFIERS)}, got {self.verifier!r}.")
-        if self.num_attention_heads % self.num_key_value_heads:
+        if self.num_attention_heads % (self.num_key_value_heads or 1):
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})."
             )
         if self.draft_vocab_size is not None and not 1 <= self.draft_vocab_size <= self.vocab_size:
             raise ValueError(
-                f"draft_vocab_size must be None or from 1 to vocab_size ({self.vocab_size}), got {self.draft_vocab_size}."
+                f"draft_vocab_size must be None or from 1 to vocab_size ({self.vocab_size}), "
+                f"got {self.draft_vocab_size}."
             )
         if self.logit_scale <= 0 or (self.logit_softcap is not None and self.logit_softcap <= 0):
             raise ValueError("logit_scale and logit_softcap must be positive.")
         if self.tree is not None and not self.tree:
-            raise ValueError(
-                "tree must be None (the paper's) or a non-empty list of paths, such as [[0], [1], [0, 0]]."
-            )
+            raise ValueError("tree must be None (the paper's) or a list of paths, such as [[0], [1], [0, 0]].")
 
     @classmethod
     def from_target(

@@ -1,7 +1,7 @@
 """Falcon's decoding loop: prefill, then rounds of draft, verify, walk and keep, until a stopping criterion holds.
 
-What ``generate()`` prepared (processors, criteria, cache, streamer) is used as it is, per emitted token and in order, so
-every option keeps its meaning. ``tests/runtime/test_generation.py`` and ``test_options.py`` hold the output against
+What ``generate()`` prepared (processors, criteria, cache, streamer) is used as it is, per emitted token and in order,
+so every option keeps its meaning. ``tests/runtime/test_generation.py`` and ``test_options.py`` hold the output against
 plain ``generate()``.
 
 Device syncs per round: greedy without processors or recorded outputs, one for the walk and one an emitted token for
@@ -175,7 +175,7 @@ class FalconGenerationMixin(GenerationMixin):
     def _validate_generation_mode(
         self, generation_mode: Any, generation_config: Any, generation_mode_kwargs: dict[str, Any]
     ) -> None:
-        drafter = generation_mode_kwargs.get("assistant_model")
+        drafter: Any = generation_mode_kwargs.get("assistant_model")
         if hasattr(drafter, "_falcon_validate"):
             drafter._falcon_validate(self, generation_mode, generation_config, generation_mode_kwargs)
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)

@@ -1,4 +1,4 @@
-"""The Falcon drafter: a semi-autoregressive (SAR) head over the target's last hidden states (arXiv 2412.12639, section 3).
+"""The Falcon drafter: a semi-autoregressive (SAR) head over the target's last hidden states (arXiv 2412.12639).
 
 Letters. Tokens t_i, features f_i (the target's last hidden state at position i, after the final norm), block size k,
 hidden size H. *Pair* i is (f_i, embedding of t_{i+1}), and the drafter's output at pair i is the estimate of f_{i+k}:
@@ -126,9 +126,9 @@ class FalconAttention(nn.Module):
 
     def __init__(self, config: FalconDrafterConfig) -> None:
         super().__init__()
-        assert config.head_dim is not None and config.num_key_value_heads is not None  # set in __post_init__
-        self.head_dim = config.head_dim
-        size, heads, groups = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        self.head_dim: int = config.head_dim or 0  # the config has filled both in
+        groups: int = config.num_key_value_heads or 0
+        size, heads = config.hidden_size, config.num_attention_heads
         self.q_proj = nn.Linear(size, heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(size, groups * self.head_dim, bias=False)
         self.v_proj = nn.Linear(size, groups * self.head_dim, bias=False)

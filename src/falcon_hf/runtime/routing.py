@@ -24,7 +24,7 @@ _LOCK = threading.RLock()
 
 
 def install() -> None:
-    """Route Falcon drafters; does nothing if they are routed already, by this copy of the code or another. Thread-safe."""
+    """Route Falcon drafters; nothing happens if this or another copy of the code did so already. Thread-safe."""
     with _LOCK:
         for name, route in _ROUTES.items():
             current = getattr(GenerationMixin, name)
