@@ -22,6 +22,7 @@ _FOREIGN_KEYS = frozenset(
         "attn_implementation",
         "auto_map",
         "model_type",
+        "name_or_path",
         "quantization_config",
         "torch_dtype",
         "transformers_version",

@@ -109,10 +109,13 @@ class TargetSession:
         self._positions = positions.to(device)
         self.next_position = self._positions[:, -1:] + 1
 
-    @staticmethod
-    def _wanted_states(generation_config: Any) -> bool | list[int]:
-        """All hidden states if the user wants them back, else the last alone."""
-        return True if generation_config.output_hidden_states else [-1]
+    def _wanted_states(self, generation_config: Any) -> bool | list[int]:
+        """What to ask for as ``output_hidden_states``: all if the user wants them back, else little but the last.
+
+        The last state is number L of L layers; transformers before 5.20 counted it L - 1.
+        """
+        layers = self.config.num_hidden_layers
+        return True if generation_config.output_hidden_states else [layers - 1, layers]
 
     @property
     def length(self) -> int:
