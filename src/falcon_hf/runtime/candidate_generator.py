@@ -12,6 +12,7 @@ Device syncs per draft: none.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -51,7 +52,6 @@ class FalconCandidateGenerator:
             raise ValueError(f"The tree has {widest} siblings, but the draft vocabulary only {drafted_over} tokens.")
         self._device, self._dtype = drafter.device, drafter.dtype
         self._head = drafter.draft_head(head_weight(target)).to(self._device, self._dtype)
-        self._shapes: dict[int, _FilledShape] = {}
         self._cache = DrafterCache(len(drafter.layers))
         self._state: FusionState | None = None
         self._columns = 0
@@ -99,13 +99,7 @@ class FalconCandidateGenerator:
 
     def _plan(self, depth: int) -> _FilledShape | None:
         """The tree cut at ``depth``, with its index tensors; made once a depth."""
-        if depth < 1:
-            return None
-        if depth not in self._shapes:
-            shape = self.shape.truncate(depth)
-            assert shape is not None  # depth >= 1, and every shape has a node of depth 1
-            self._shapes[depth] = _FilledShape(shape, self.block_size, self._device)
-        return self._shapes[depth]
+        return _filled_shape(self.shape, depth, self.block_size, self._device) if depth >= 1 else None
 
     def _first_pass(self) -> tuple[torch.Tensor, FusionState | None]:
         """Query the last k committed pairs: ``[1, k, H]`` features and the state behind them."""
@@ -113,10 +107,10 @@ class FalconCandidateGenerator:
         rows, start = fused.shape[1], self._columns - fused.shape[1]
         self._cache.crop(start)  # the last k are written again, because their block is another one now
         positions = torch.arange(start, self._columns, device=self._device)
-        # Blocks are counted back from the newest pair; block(j) <= block(i) is the relaxed causal mask.
-        columns = torch.arange(self._columns, device=self._device)
-        blocks = (columns - self._columns) // k
-        mask = blocks <= blocks[start:, None]
+        # Blocks are counted back from the newest pair; block(j) <= block(i) is the relaxed causal mask. One layer needs
+        # only the queries' rows of it, more layers all new rows.
+        blocks = (torch.arange(self._columns, device=self._device) - self._columns) // k
+        mask = blocks <= blocks[-k if len(self.drafter.layers) == 1 else start :, None]
         features = self.drafter.decode(fused, positions[None], mask[None, None], queries=k, cache=self._cache)
         self._cache.advance(rows)
         self._recent = fused[:, -k:]
@@ -146,6 +140,12 @@ class FalconCandidateGenerator:
         chosen = ranked[draft_pass.source, draft_pass.rank]
         ids = self.drafter.draft_vocab_ids
         return (chosen if ids is None else ids[chosen])[None]
+
+
+@functools.lru_cache(maxsize=64)
+def _filled_shape(shape: TreeShape, depth: int, block_size: int, device: torch.device) -> _FilledShape:
+    """A shape cut at ``depth``, filled once for all calls of ``generate()``."""
+    return _FilledShape(shape.truncate(depth), block_size, device)
 
 
 class _FilledShape:

@@ -154,10 +154,9 @@ class TreeShape:
         """``[N, N]`` bool, see [`DraftTree`]."""
         return ancestor_mask(self.parents)
 
-    def truncate(self, depth: int) -> TreeShape | None:
-        """The same tree without nodes deeper than ``depth``; None if none are left."""
-        kept = tuple(path for path in self.paths if len(path) <= depth)
-        return TreeShape(kept) if kept else None
+    def truncate(self, depth: int) -> TreeShape:
+        """The same tree without nodes deeper than ``depth``, which is at least 1."""
+        return TreeShape(tuple(path for path in self.paths if len(path) <= depth))
 
     def passes(self, block_size: int, device: torch.device | str = "cpu") -> list[DraftPass]:
         """The drafter passes that fill this tree, as index tensors on ``device``."""
