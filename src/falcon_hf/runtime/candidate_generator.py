@@ -12,6 +12,7 @@ Device syncs per draft: none.
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class FalconCandidateGenerator:
-    """Drafts for one call of ``generate()``; one batch row.
+    """Drafts for one row of one call of ``generate()``; [`for_rows`] makes one for each row of a batch.
 
     Args:
         drafter: the drafter; its weights are read, nothing is written to it.
@@ -52,6 +53,18 @@ class FalconCandidateGenerator:
             raise ValueError(f"The tree has {widest} siblings, but the draft vocabulary only {drafted_over} tokens.")
         self._device, self._dtype = drafter.device, drafter.dtype
         self._head = drafter.draft_head(head_weight(target)).to(self._device, self._dtype)
+        self._forget()
+
+    def for_rows(self, rows: int) -> list[FalconCandidateGenerator]:
+        """This generator and as many like it as make ``rows``, each with a context of its own; they share the head."""
+        others = [copy.copy(self) for _ in range(rows - 1)]
+        for other in others:
+            other._forget()
+        return [self, *others]
+
+    def _forget(self) -> None:
+        """Start a context: nothing but the start pairs."""
+        drafter = self.drafter
         self._cache = DrafterCache(len(drafter.layers))
         self._state: FusionState | None = None
         self._columns = 0

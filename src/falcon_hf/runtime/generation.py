@@ -10,15 +10,17 @@ the stopping criteria; otherwise one an emitted token. Plain ``generate()`` has 
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode, MaxLengthCriteria
 
 from .candidate_generator import FalconCandidateGenerator
 from .emission import Emission
+from .outputs import StreamedRows, gather_output
 from .statistics import GenerationStatistics
 from .target import check_target
 from .target_session import TargetSession
@@ -46,12 +48,15 @@ def validate(
     generation_mode: GenerationMode,
     generation_config: GenerationConfig,
     generation_mode_kwargs: dict[str, Any],
-) -> None:
+) -> GenerationConfig:
     """Refuse what Falcon cannot do, with the remedy, before any work.
 
+    Returns:
+        The config for transformers' own checks, which refuse several sequences a prompt for any assistant.
+
     Raises:
-        ValueError: beam search and other modes, more than one returned sequence, options that exclude a drafter,
-            outputs that are not recorded, and all of [`check_target`].
+        ValueError: beam search and other modes, options that exclude a drafter, outputs that are not recorded, and
+            all of [`check_target`].
     """
     if generation_config.num_beams > 1:
         raise ValueError(
@@ -62,8 +67,6 @@ def validate(
         raise ValueError(
             f"A Falcon drafter goes with greedy search and sampling, not {generation_mode}: drop assistant_model."
         )
-    if generation_config.num_return_sequences > 1:
-        raise ValueError("Falcon generates one sequence a call for now: set num_return_sequences=1 and call again.")
     for option, why in _EXCLUSIVE_OPTIONS.items():
         if getattr(generation_config, option, None) is not None:
             raise ValueError(f"{option} and a Falcon drafter exclude each other ({why}): drop one of the two.")
@@ -76,6 +79,9 @@ def validate(
     if generation_config.use_cache is False:
         raise ValueError("Falcon needs a key-value cache: drop use_cache=False or assistant_model.")
     check_target(target, drafter.config)
+    relaxed = copy.copy(generation_config)
+    relaxed.num_return_sequences = 1
+    return relaxed
 
 
 def decode(
@@ -91,78 +97,139 @@ def decode(
     inputs_tensor: Any = None,
     **model_kwargs: Any,
 ) -> torch.Tensor | GenerateDecoderOnlyOutput:
-    """Generate from ``input_ids`` ``[1, P]``; everything as ``generate()`` hands it to a decoding method.
+    """Generate from ``input_ids`` ``[B, P]``; everything as ``generate()`` hands it to a decoding method.
 
     ``synced_gpus`` was refused by [`validate`], ``tokenizer`` has served in the stopping criteria, and
     ``inputs_tensor`` is for encoders.
 
     Returns:
-        ``[1, P + new tokens]`` ids, or the output object if ``return_dict_in_generate``.
+        ``[B, P + longest text]`` ids, or the output object if ``return_dict_in_generate``.
 
     Raises:
-        ValueError: for more than one row, or a cache that cannot serve (see [`TargetSession`]).
+        ValueError: if the cache or a model input cannot serve (see [`TargetSession`]), or rows of a batch may end at
+            different times without a padding token.
     """
-    if input_ids.shape[0] != 1:
-        raise ValueError(
-            f"Falcon generates for batch size 1 for now, got {input_ids.shape[0]} rows: call it once a row."
-        )
-    statistics = GenerationStatistics()
-    emission = Emission(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
-    session = TargetSession(target, model_kwargs)
+    check_row_ends(input_ids.shape[0], stopping_criteria, generation_config)
+    statistics = GenerationStatistics(rows=input_ids.shape[0])
     with statistics.timed("total"):
-        generator = FalconCandidateGenerator(drafter, target)
-        session.check_room(generation_config.max_length, generator.shape.size)
+        rows = [
+            Emission(input_ids, row, logits_processor, stopping_criteria, generation_config)
+            for row in range(input_ids.shape[0])
+        ]
+        stream = StreamedRows(streamer, rows, generation_config)
+        session = TargetSession(target, len(rows), model_kwargs)
+        generators = FalconCandidateGenerator(drafter, target).for_rows(len(rows))
+        session.check_room(generation_config.max_length, generators[0].shape.size)
         with statistics.timed("prefill"):
             outputs = session.prefill(input_ids, generation_config)
         with statistics.timed("walk"):
-            ended = emission.start(outputs)
-        known = min(session.prompt_features.shape[1], emission.ids.shape[1])
-        features, tokens = session.prompt_features[:, -known:], emission.ids[:, -known:]
-        while not ended:
+            for index, row in enumerate(rows):
+                row.ended = bool(row.commit(row.choose(outputs.logits[index : index + 1, -1])))
+            stream.flush()
+        with statistics.timed("draft"):
+            for row, generator, features in zip(rows, generators, session.prompt_features, strict=True):
+                known = min(features.shape[1], row.ids.shape[1])
+                generator.append(features[:, -known:], row.ids[:, -known:])
+        prompt_states = outputs.hidden_states
+        while not all(row.ended for row in rows):
             with statistics.timed("draft"):
-                generator.append(features, tokens)
-                budget = generation_config.max_length - emission.ids.shape[1]
-                # The walk emits one token more than it accepts, so nodes from depth ``budget`` on could not be.
-                tree = generator.draft(emission.ids[:, -1:], max_depth=budget - 1)
+                tree = _draft(rows, generators)
             with statistics.timed("verify"):
-                outputs = session.verify(tree, generation_config)
+                outputs = session.verify(tree, [row.budget for row in rows], generation_config)
             with statistics.timed("walk"):
-                path, ended = _walk(tree, outputs, emission)
+                paths = _walk(tree, outputs, rows)
+                stream.flush()
             with statistics.timed("cache"):
-                session.keep(path, tree.size)
-                features, tokens = outputs.hidden_states[-1][:, path], emission.ids[:, -len(path) :]
-            statistics.rounds += 1
-            statistics.drafted += tree.size - 1
-            statistics.accepted += len(path) - 1
-        if streamer is not None:
-            streamer.end()
-    statistics.new_tokens = emission.ids.shape[1] - input_ids.shape[1]
+                session.keep(paths, tree.size)
+            with statistics.timed("draft"):
+                features = outputs.hidden_states[-1]
+                for index, path in enumerate(paths):
+                    if path and not rows[index].ended:
+                        generators[index].append(features[index : index + 1, path], rows[index].ids[:, -len(path) :])
+            statistics.count(paths, tree.size)
+        stream.end()
+        if len(rows) > 1:
+            session.compact()
+    statistics.new_tokens = sum(row.new_tokens for row in rows)
     drafter.last_generation = statistics
     logger.debug("%s", statistics)
-    return emission.result(session.cache)
+    return gather_output(rows, generation_config, prompt_states, session.cache)
 
 
-def _walk(tree: DraftTree, outputs: Any, emission: Emission) -> tuple[list[int], bool]:
-    """Emit tokens along the tree; returns the visited nodes, root first, and whether the text has ended."""
-    logits = outputs.logits
-    if not emission.is_plain_greedy:
-        ended = torch.zeros((), dtype=torch.bool)
+def check_row_ends(rows: int, stopping_criteria: StoppingCriteriaList, generation_config: GenerationConfig) -> None:
+    """Refuse a batch whose rows may end at different times without a padding token to fill up the shorter.
 
-        def choose(node: int) -> tuple[torch.Tensor, torch.Tensor]:
-            nonlocal ended
-            token = emission.choose(logits[:, node])
-            ended = emission.commit(token)
-            emission.record_hidden_states(outputs, node)
-            return token[0], ended
+    Plain decoding lets such rows run on behind their end until all have ended, which no later round could undo.
 
-        path = follow(tree, 0, choose)
-        return path, bool(ended)
-    nodes, tokens, visited = follow_greedy(tree, logits)
-    count, *path = torch.cat((visited, nodes[0])).tolist()
-    for index in range(count):
-        if bool(emission.commit(tokens[:, index])):
-            return path[: index + 1], True
-    return path[:count], False
+    Raises:
+        ValueError: with the remedy.
+    """
+    if rows == 1 or all(isinstance(criterion, MaxLengthCriteria) for criterion in stopping_criteria):
+        return
+    pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    if not pads or generation_config._pad_token_tensor is None:
+        raise ValueError(
+            "A batch whose rows may end at different times needs eos_token_id and pad_token_id, to fill up the shorter "
+            "rows: set both, or generate the rows one by one."
+        )
+
+
+def _draft(rows: list[Emission], generators: list[FalconCandidateGenerator]) -> DraftTree:
+    """One tree a row, all of one shape; the rows that have ended get the root's token everywhere."""
+    # The walk emits one token more than it accepts, so nodes from depth ``budget`` on could not be emitted.
+    deepest = max(row.budget for row in rows if not row.ended) - 1
+    trees = {
+        index: generator.draft(row.ids[:, -1:], deepest)
+        for index, (row, generator) in enumerate(zip(rows, generators, strict=True))
+        if not row.ended
+    }
+    if len(rows) == 1:
+        return trees[0]
+    some = next(iter(trees.values()))
+    tokens = [
+        trees[index].tokens if index in trees else row.ids[:, -1:].expand(1, some.size)
+        for index, row in enumerate(rows)
+    ]
+    return DraftTree(
+        tokens=torch.cat(tokens),
+        parents=some.parents.expand(len(rows), -1),
+        depths=some.depths.expand(len(rows), -1),
+        ancestors=some.ancestors.expand(len(rows), -1, -1),
+    )
+
+
+def _walk(tree: DraftTree, outputs: Any, rows: list[Emission]) -> list[list[int]]:
+    """Emit tokens along each row's tree; returns the visited nodes, root first, none for a row that had ended."""
+    if rows[0].is_plain_greedy:
+        nodes, tokens, visited = follow_greedy(tree, outputs.logits)
+        walks = torch.cat((visited[:, None], nodes), dim=1).tolist()
+        return [
+            [] if row.ended else _commit_all(row, tokens[index : index + 1], walk[1 : 1 + walk[0]])
+            for index, (row, walk) in enumerate(zip(rows, walks, strict=True))
+        ]
+    paths: list[list[int]] = []
+    for index, row in enumerate(rows):
+        if row.ended:
+            paths.append([])
+            continue
+
+        def choose(node: int, index: int = index, row: Emission = row) -> tuple[torch.Tensor, torch.Tensor]:
+            token = row.choose(outputs.logits[index : index + 1, node])
+            row.record_hidden_states(outputs.hidden_states, node)
+            return token[0], row.commit(token)
+
+        path, row.ended = follow(tree, index, choose)
+        paths.append(path)
+    return paths
+
+
+def _commit_all(row: Emission, tokens: torch.Tensor, path: list[int]) -> list[int]:
+    """Commit the tokens ``[1, D]`` emitted along ``path`` until the text ends; returns the path as far as it went."""
+    for index in range(len(path)):
+        row.ended = bool(row.commit(tokens[:, index]))
+        if row.ended:
+            return path[: index + 1]
+    return path
 
 
 class FalconGenerationMixin(GenerationMixin):
@@ -177,7 +244,9 @@ class FalconGenerationMixin(GenerationMixin):
     ) -> None:
         drafter: Any = generation_mode_kwargs.get("assistant_model")
         if hasattr(drafter, "_falcon_validate"):
-            drafter._falcon_validate(self, generation_mode, generation_config, generation_mode_kwargs)
+            generation_config = drafter._falcon_validate(
+                self, generation_mode, generation_config, generation_mode_kwargs
+            )
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
 
     def _assisted_decoding(self, *args: Any, assistant_model: Any = None, **kwargs: Any) -> Any:

@@ -287,11 +287,11 @@ class FalconDrafter(PreTrainedModel):
         """Rows of the target's LM head ``[V, H]`` that the drafter drafts over: ``[draft vocabulary, H]``."""
         return head_weight if self.draft_vocab_ids is None else head_weight[self.draft_vocab_ids.to(head_weight.device)]
 
-    def _falcon_validate(self, target: PreTrainedModel, *args: Any) -> None:
+    def _falcon_validate(self, target: PreTrainedModel, *args: Any) -> Any:
         """What the routing calls first: refuse what cannot work (see ``generation.validate``)."""
         from .generation import validate  # imports this module
 
-        validate(target, self, *args)
+        return validate(target, self, *args)
 
     def _falcon_decode(self, target: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         """What the routing calls instead of stock assisted decoding (see ``generation.decode``)."""

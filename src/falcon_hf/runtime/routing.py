@@ -69,7 +69,7 @@ def _route_validation(current: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         validate = getattr(generation_mode_kwargs.get("assistant_model"), "_falcon_validate", None)
         if validate is not None:
-            validate(self, generation_mode, generation_config, generation_mode_kwargs)
+            generation_config = validate(self, generation_mode, generation_config, generation_mode_kwargs)
         return current(self, generation_mode, generation_config, generation_mode_kwargs)
 
     return _validate_generation_mode

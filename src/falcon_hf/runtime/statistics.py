@@ -16,7 +16,9 @@ class GenerationStatistics:
     waits; on a CPU it is the work itself.
 
     Attributes:
+        rows: rows of the batch.
         rounds: verification forwards of the target; the prefill is not one.
+        row_rounds: rounds counted once a row that had not ended; the same as ``rounds`` for one row.
         drafted: nodes verified, roots not counted.
         accepted: drafted tokens that were emitted.
         new_tokens: tokens emitted, the prefill's first included.
@@ -25,7 +27,9 @@ class GenerationStatistics:
         total_seconds: the whole decoding, prefill included.
     """
 
+    rows: int = 1
     rounds: int = 0
+    row_rounds: int = 0
     drafted: int = 0
     accepted: int = 0
     new_tokens: int = 0
@@ -38,13 +42,13 @@ class GenerationStatistics:
 
     @property
     def tau(self) -> float:
-        """Acceptance length tau of the paper: accepted drafts per round."""
-        return self.accepted / self.rounds if self.rounds else 0.0
+        """Acceptance length tau of the paper: accepted drafts per round and row."""
+        return self.accepted / self.row_rounds if self.row_rounds else 0.0
 
     @property
     def tau_with_bonus(self) -> float:
-        """Tokens per round, the target's own token included (Spec-Bench's figure): 1 for plain decoding."""
-        return (self.new_tokens - 1) / self.rounds if self.rounds else 0.0
+        """Tokens per round and row, the target's own included (Spec-Bench's figure): 1 for plain decoding."""
+        return (self.new_tokens - self.rows) / self.row_rounds if self.row_rounds else 0.0
 
     @property
     def alpha(self) -> float:
@@ -55,6 +59,14 @@ class GenerationStatistics:
     def other_seconds(self) -> float:
         """Everything but prefill, draft and verify: walk, cache and rest."""
         return self.total_seconds - self.prefill_seconds - self.draft_seconds - self.verify_seconds
+
+    def count(self, paths: list[list[int]], tree_size: int) -> None:
+        """Count one round from the visited nodes of each row (none for a row that had ended)."""
+        walked = [path for path in paths if path]
+        self.rounds += 1
+        self.row_rounds += len(walked)
+        self.drafted += (tree_size - 1) * len(walked)
+        self.accepted += sum(len(path) - 1 for path in walked)
 
     def as_dict(self) -> dict[str, float]:
         """All fields and derived figures, ready for JSON."""

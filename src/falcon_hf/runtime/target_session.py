@@ -1,10 +1,12 @@
 """One generation's hold on its target: prefill, verification of a tree in one forward, and the cache.
 
-Invariant, held by ``tests/runtime/test_final_cache.py``: after [`TargetSession.keep`] the cache holds the committed
-tokens but the last, each with the keys and values that decoding one token at a time would have left.
+Invariant, held by ``tests/runtime/test_final_cache.py``: after [`TargetSession.keep`] the cache holds, for each row,
+the committed tokens but the last, each with the keys and values that decoding one token at a time would have left.
 
-A cached token is a *slot*; its *position* is what the rotary embedding sees. They differ with left padding, and inside
-a tree, where siblings share a position. Masks go by positions.
+A cached token is a *slot*; its *position* is what the rotary embedding sees. They differ with left padding, inside a
+tree, where siblings share a position, and between the rows of a batch: rows accept different numbers of drafts, all
+advance by the longest, and the others are left with invalid slots, *holes*. Masks go by validity and positions, so
+holes cost room and nothing else; [`TargetSession.compact`] closes them when they are many, and at the end.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, StaticLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, StaticLayer
 
 from .tree import DraftTree
 
@@ -23,6 +25,9 @@ _OWN_KWARGS = frozenset(
     {"attention_mask", "position_ids", "cache", "past_key_values", "cache_position", "logits_to_keep", "use_cache"}
     | {"output_hidden_states", "output_attentions", "inputs_embeds", "return_dict"}
 )
+
+# Holes beyond this share of a batch's slots are closed; closing costs a copy of the generated part of the cache.
+_WASTE_SHARE = 0.25
 
 
 def cache_key(target: PreTrainedModel) -> str:
@@ -48,25 +53,28 @@ class TargetSession:
 
     Attributes:
         cache: the target's key-value cache, as ``generate()`` prepared it.
-        prompt_features: ``[B, F, H]`` last hidden states of the last F prompt positions, set by [`prefill`]; fewer
-            than the prompt has where it was prefilled in chunks or partly cached before.
+        prompt_features: one ``[1, F, H]`` a row, last hidden states of its last F prompt tokens, set by [`prefill`];
+            fewer than the prompt has where it was prefilled in chunks or partly cached before.
     """
 
-    def __init__(self, target: PreTrainedModel, model_kwargs: dict[str, Any]) -> None:
-        """``model_kwargs`` as ``generate()`` hands them to a decoding method.
+    def __init__(self, target: PreTrainedModel, rows: int, model_kwargs: dict[str, Any]) -> None:
+        """``model_kwargs`` as ``generate()`` hands them to a decoding method, for a batch of ``rows``.
 
         Raises:
             ValueError: if there is no cache, or a tensor among the keywords that verification could not honour.
         """
         self.target = target
+        self.rows = rows
         self.config = target.config.get_text_config()
-        self.model_kwargs = model_kwargs
         self._cache_key = cache_key(target)
         self.cache: Any = model_kwargs.get(self._cache_key)
         if self.cache is None:
             raise ValueError(
                 "Falcon needs a key-value cache; do not pass use_cache=False together with assistant_model."
             )
+        if rows > 1:
+            self.cache = _without_eviction(self.cache)
+        self.model_kwargs = {**model_kwargs, self._cache_key: self.cache}
         self._extra = {name: value for name, value in model_kwargs.items() if name not in _OWN_KWARGS}
         for name, value in self._extra.items():
             if isinstance(value, torch.Tensor):
@@ -93,20 +101,21 @@ class TargetSession:
         self.cache.crop(0)
         features = outputs.hidden_states[-1]
         self._note_slots(features.device)
-        real = int(self._valid.sum())  # one sync, once: padding has no features worth drafting from
-        self.prompt_features = features[:, -real:]
+        # Padding has no features worth drafting from. One sync, once.
+        self._filled: list[int] = self._valid.sum(-1).tolist()  # valid slots of each row
+        self.prompt_features = [features[row : row + 1, -real:] for row, real in enumerate(self._filled)]
         return outputs
 
     def _note_slots(self, device: torch.device) -> None:
-        """Which slots hold real tokens, and at which positions: ``[1, L]`` each, L cached slots."""
-        length = int(self.cache.get_seq_length())
+        """Which slots hold real tokens, and at which positions: ``[B, L]`` each, L cached slots."""
+        self._prompt_slots = length = int(self.cache.get_seq_length())
         mask = self.model_kwargs.get("attention_mask")
         valid = torch.ones(1, length, dtype=torch.bool, device=device) if mask is None else mask.to(device).bool()
         positions = self.model_kwargs.get("position_ids")
         if positions is None or positions.shape[-1] != length:
             positions = (valid.long().cumsum(-1) - 1).clamp_min(0)
-        self._valid = valid[:, -length:]
-        self._positions = positions.to(device)
+        self._valid = valid[:, -length:].expand(self.rows, -1)
+        self._positions = positions.to(device).expand(self.rows, -1)
         self.next_position = self._positions[:, -1:] + 1
 
     def _wanted_states(self, generation_config: Any) -> bool | list[int]:
@@ -132,13 +141,22 @@ class TargetSession:
                     f"{tree_size} nodes need {wanted}: pass max_cache_len={wanted}, or drop cache_implementation."
                 )
 
-    def verify(self, tree: DraftTree, generation_config: Any) -> Any:
-        """One forward over the tree's nodes, the root included; its rows are appended to the cache.
+    def verify(self, tree: DraftTree, budgets: list[int], generation_config: Any) -> Any:
+        """One forward over the tree's nodes, the root included; their keys and values go to the cache's end.
 
-        Returns the target's outputs: logits ``[B, N, V]``, ``hidden_states[-1]`` ``[B, N, H]``.
+        Args:
+            tree: N nodes a row.
+            budgets: how many more tokens each row may emit. Nodes from that depth on cannot be, and are kept from
+                positions that the target may not have.
+            generation_config: says which hidden states the user wants.
+
+        Returns:
+            The target's outputs: logits ``[B, N, V]``, ``hidden_states[-1]`` ``[B, N, H]``.
         """
         device = self.next_position.device
-        positions = self.next_position + tree.depths.to(device)
+        self._make_room(tree.size)
+        deepest = torch.tensor(budgets, device=device)[:, None] - 1
+        positions = self.next_position + tree.depths.to(device).minimum(deepest.clamp_min(0))
         outputs = self.target(
             input_ids=tree.tokens.to(device),
             position_ids=positions,
@@ -190,23 +208,77 @@ class TargetSession:
         size = self.config.attention_chunk_size
         return keys // size == queries // size
 
-    def keep(self, path: list[int], nodes: int) -> None:
-        """Keep the verified nodes ``path`` (ascending, from the root on) of a tree of ``nodes``, drop the others."""
-        kept = len(path)
-        if path != list(range(kept)):  # else they lie where they belong
-            self._gather(torch.tensor(path, device=self._positions.device), nodes)
-        self.cache.crop(kept - nodes)
-        positions = self._node_positions[:, path]
-        self._valid = torch.cat((self._valid, torch.ones_like(positions, dtype=torch.bool)), dim=1)
-        self._positions = torch.cat((self._positions, positions), dim=1)
-        self.next_position = positions[:, -1:] + 1
+    def keep(self, paths: list[list[int]], nodes: int) -> None:
+        """Keep the verified nodes of each row (ascending, from the root on) of a tree of ``nodes``, drop the others.
 
-    def _gather(self, path: torch.Tensor, nodes: int) -> None:
-        """Move the rows of the nodes ``path`` ``[n]`` to the front of the tree's ``nodes`` slots, in every layer."""
+        A finished row has an empty path: it adds nothing valid, and its position stays.
+        """
+        kept = max(map(len, paths))
+        device = self._positions.device
+        if any(path != list(range(len(path))) for path in paths):  # else they lie where they belong
+            padded = [path + [0] * (kept - len(path)) for path in paths]
+            self._gather(nodes, torch.tensor(padded, device=device))
+        self.cache.crop(kept - nodes)
+        lengths = torch.tensor([len(path) for path in paths], device=device)[:, None]
+        valid = torch.arange(kept, device=device) < lengths
+        self._filled = [filled + len(path) for filled, path in zip(self._filled, paths, strict=True)]
+        # A path has one node a depth.
+        positions = self.next_position + torch.arange(kept, device=device)
+        self._valid = torch.cat((self._valid, valid), dim=1)
+        self._positions = torch.cat((self._positions, positions), dim=1)
+        self.next_position = self.next_position + lengths
+
+    def compact(self) -> None:
+        """Close the holes behind the prompt: each row's tokens one behind the other, as plain decoding lays them."""
+        generated = self._valid[:, self._prompt_slots :]
+        order = torch.argsort(~generated, dim=1, stable=True)  # the valid ones first, in their order
+        longest = int(generated.sum(-1).max())
+        surplus = generated.shape[1] - longest
+        if surplus == 0 and bool((order == torch.arange(order.shape[1], device=order.device)).all()):
+            return
+        self._gather(generated.shape[1], order[:, :longest])
+        self.cache.crop(-surplus)
+        kept = self._prompt_slots + order[:, :longest]
+        head = torch.arange(self._prompt_slots, device=kept.device).expand(self.rows, -1)
+        kept = torch.cat((head, kept), dim=1)
+        self._valid, self._positions = self._valid.gather(1, kept), self._positions.gather(1, kept)
+
+    def _make_room(self, nodes: int) -> None:
+        """Compact a batch whose holes waste a quarter of its slots, or a static cache that a tree would overflow."""
+        if self.rows == 1:
+            return  # no holes
+        static = [layer.max_cache_len for layer in self.cache.layers if isinstance(layer, StaticLayer)]
+        wasted = self.length - max(self._filled)  # slots that not even the longest row uses
+        if wasted > self.length * _WASTE_SHARE or any(room < self.length + nodes for room in static):
+            self.compact()
+
+    def _gather(self, region: int, index: torch.Tensor) -> None:
+        """In every layer's last ``region`` slots, put those at ``index`` ``[B, n]`` (from its start) in front."""
         for layer in self.cache.layers:
             if not isinstance(layer, CacheLayerMixin) or not layer.is_initialized or layer.keys is None:
                 continue  # shared keys and values: another layer holds them
-            start = self.length if isinstance(layer, StaticLayer) else layer.keys.shape[-2] - nodes
-            for tensor in (layer.keys, layer.values):
-                # Advanced indexing copies before the assignment, so overlapping rows are safe.
-                tensor[:, :, start : start + path.shape[0]] = tensor[:, :, start + path.to(tensor.device)]
+            used = int(layer.cumulative_length) if isinstance(layer, StaticLayer) else layer.keys.shape[-2]
+            start = used - region
+            for tensor in (layer.keys, layer.values):  # [B, heads, slots, width]
+                rows = (start + index.to(tensor.device))[:, None, :, None]
+                rows = rows.expand(-1, tensor.shape[1], -1, tensor.shape[-1])
+                # Gathering copies before the assignment, so overlapping slots are safe.
+                tensor[:, :, start : start + index.shape[1]] = tensor.gather(2, rows)
+
+
+def _without_eviction(cache: Any) -> Any:
+    """A cache for ragged rows: sliding layers count slots, so holes would make them drop tokens still in the window.
+
+    An empty dynamic cache is replaced by one whose layers keep everything (the mask still holds the window).
+
+    Raises:
+        ValueError: if the cache has sliding layers and cannot be replaced.
+    """
+    if not any(getattr(layer, "is_sliding", False) for layer in cache.layers):
+        return cache
+    if type(cache) is DynamicCache and cache.get_seq_length() == 0:
+        return DynamicCache()
+    raise ValueError(
+        "A batch of more than one row does not go with a sliding-window cache: pass past_key_values=DynamicCache(), or "
+        "generate the rows one by one."
+    )

@@ -43,7 +43,9 @@ def follow_greedy(tree: DraftTree, logits: torch.Tensor) -> tuple[torch.Tensor, 
     return path, tokens, on_path.sum(-1)
 
 
-def follow(tree: DraftTree, row: int, choose: Callable[[int], tuple[torch.Tensor, torch.Tensor]]) -> list[int]:
+def follow(
+    tree: DraftTree, row: int, choose: Callable[[int], tuple[torch.Tensor, torch.Tensor]]
+) -> tuple[list[int], bool]:
     """The lazy walk of one row: each visited node is chosen from once, in order, and no other node is looked at.
 
     Args:
@@ -53,12 +55,12 @@ def follow(tree: DraftTree, row: int, choose: Callable[[int], tuple[torch.Tensor
             ends with it (a scalar bool tensor). It sees the nodes in the order of the text.
 
     Returns:
-        The visited nodes, root first. One device sync a visited node.
+        The visited nodes, root first, and whether the text has ended. One device sync a visited node.
     """
-    path, node = [], 0
-    while node >= 0:
+    path, node, over = [], 0, False
+    while node >= 0 and not over:
         path.append(node)
         token, ended = choose(node)
-        child = tree.child(row, node, token)
-        node = int(torch.where(ended, -1, child))
-    return path
+        child = tree.child(row, node, token.to(tree.tokens.device))
+        node, over = torch.stack((child, ended.to(child))).tolist()
+    return path, bool(over)
