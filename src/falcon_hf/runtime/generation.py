@@ -72,8 +72,6 @@ def validate(
             raise ValueError(f"{option} and a Falcon drafter exclude each other ({why}): drop one of the two.")
     if generation_mode_kwargs.get("assistant_tokenizer") is not None:
         raise ValueError("A Falcon drafter shares the target's tokenizer: drop assistant_tokenizer.")
-    if generation_mode_kwargs.get("synced_gpus"):
-        raise ValueError("Falcon does not run with synced_gpus (ZeRO-3, FSDP) for now: drop assistant_model.")
     if generation_config.return_dict_in_generate and generation_config.output_attentions:
         raise ValueError("Falcon does not record attentions for now: drop output_attentions or assistant_model.")
     if generation_config.use_cache is False:
@@ -99,8 +97,8 @@ def decode(
 ) -> torch.Tensor | GenerateDecoderOnlyOutput:
     """Generate from ``input_ids`` ``[B, P]``; everything as ``generate()`` hands it to a decoding method.
 
-    ``synced_gpus`` was refused by [`validate`], ``tokenizer`` has served in the stopping criteria, and
-    ``inputs_tensor`` is for encoders.
+    With ``synced_gpus`` (ZeRO-3, FSDP) every round is one target forward on every device, until all have finished.
+    ``tokenizer`` has served in the stopping criteria, and ``inputs_tensor`` is for encoders.
 
     Returns:
         ``[B, P + longest text]`` ids, or the output object if ``return_dict_in_generate``.
@@ -131,7 +129,10 @@ def decode(
                 known = min(features.shape[1], row.ids.shape[1])
                 generator.append(features[:, -known:], row.ids[:, -known:])
         prompt_states = outputs.hidden_states
-        while not all(row.ended for row in rows):
+        while target._has_unfinished_sequences(all(row.ended for row in rows), synced_gpus, device=input_ids.device):
+            if all(row.ended for row in rows):
+                session.idle(rows[0].ids[:, -1:], generation_config)
+                continue
             with statistics.timed("draft"):
                 tree = _draft(rows, generators)
             with statistics.timed("verify"):

@@ -17,11 +17,38 @@ from .configuration_falcon_drafter import FalconDrafterConfig
 # Decoder-only families whose attention takes a 4D mask and explicit positions, so that a tree's logits are those of
 # its paths. Each is run by tests/runtime/test_families.py; others are refused until they are.
 TREE_FAMILIES = frozenset(
-    (
-        "cohere cohere2 deepseek_v3 falcon gemma2 gemma3_text glm4 glm4_moe gpt2 gpt_bigcode gpt_neox "
-        "gpt_oss gptj granite llama llama4_text mistral mixtral olmo2 olmo3 opt phi phi3 qwen2 qwen2_moe "
-        "qwen3 qwen3_moe smollm3 stablelm starcoder2"
-    ).split()
+    [
+        "cohere",
+        "cohere2",
+        "deepseek_v3",
+        "falcon",
+        "gemma2",
+        "gemma3_text",
+        "glm4",
+        "glm4_moe",
+        "gpt2",
+        "gpt_bigcode",
+        "gpt_neox",
+        "gpt_oss",
+        "gptj",
+        "granite",
+        "llama",
+        "llama4_text",
+        "mistral",
+        "mixtral",
+        "olmo2",
+        "olmo3",
+        "opt",
+        "phi",
+        "phi3",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+        "smollm3",
+        "stablelm",
+        "starcoder2",
+    ]
 )
 TREE_ATTENTIONS = ("eager", "sdpa")
 TREE_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})

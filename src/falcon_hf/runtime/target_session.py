@@ -228,6 +228,12 @@ class TargetSession:
         self._positions = torch.cat((self._positions, positions), dim=1)
         self.next_position = self.next_position + lengths
 
+    def idle(self, token: torch.Tensor, generation_config: Any) -> None:
+        """A forward that leaves no trace, for the sake of other devices that wait for it: ``[1, 1]`` any token."""
+        root = DraftTree.root_only(token.expand(self.rows, 1))
+        self.verify(root, [1] * self.rows, generation_config)
+        self.cache.crop(-1)
+
     def compact(self) -> None:
         """Close the holes behind the prompt: each row's tokens one behind the other, as plain decoding lays them."""
         generated = self._valid[:, self._prompt_slots :]
