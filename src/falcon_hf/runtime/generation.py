@@ -115,9 +115,9 @@ def decode(
             for row in range(input_ids.shape[0])
         ]
         stream = StreamedRows(streamer, rows, generation_config)
-        session = TargetSession(target, len(rows), model_kwargs)
         generators = FalconCandidateGenerator(drafter, target).for_rows(len(rows))
-        session.check_room(generation_config.max_length, generators[0].shape.size)
+        slots = generation_config.max_length + generators[0].shape.size
+        session = TargetSession(target, len(rows), slots, model_kwargs)
         with statistics.timed("prefill"):
             outputs = session.prefill(input_ids, generation_config)
         with statistics.timed("walk"):

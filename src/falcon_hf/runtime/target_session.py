@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DynamicCache, StaticLayer
+from transformers.cache_utils import CacheLayerMixin, StaticLayer
 
+from .target_cache import fitting_cache
 from .tree import DraftTree
 
 # Prepared anew for every forward of ours, or meaningless there.
@@ -57,11 +58,18 @@ class TargetSession:
             fewer than the prompt has where it was prefilled in chunks or partly cached before.
     """
 
-    def __init__(self, target: PreTrainedModel, rows: int, model_kwargs: dict[str, Any]) -> None:
-        """``model_kwargs`` as ``generate()`` hands them to a decoding method, for a batch of ``rows``.
+    def __init__(self, target: PreTrainedModel, rows: int, slots: int, model_kwargs: dict[str, Any]) -> None:
+        """Take over the target for a batch of ``rows``; generates nothing.
+
+        Args:
+            target: the target.
+            rows: B.
+            slots: what a static cache must hold: the longest text and one tree.
+            model_kwargs: as ``generate()`` hands them to a decoding method.
 
         Raises:
-            ValueError: if there is no cache, or a tensor among the keywords that verification could not honour.
+            ValueError: if there is no cache or none that fits, or a tensor among the keywords that verification could
+                not honour.
         """
         self.target = target
         self.rows = rows
@@ -72,8 +80,7 @@ class TargetSession:
             raise ValueError(
                 "Falcon needs a key-value cache; do not pass use_cache=False together with assistant_model."
             )
-        if rows > 1:
-            self.cache = _without_eviction(self.cache)
+        self.cache = fitting_cache(self.cache, rows, slots)
         self.model_kwargs = {**model_kwargs, self._cache_key: self.cache}
         self._extra = {name: value for name, value in model_kwargs.items() if name not in _OWN_KWARGS}
         for name, value in self._extra.items():
@@ -130,16 +137,6 @@ class TargetSession:
     def length(self) -> int:
         """L, the slots in use."""
         return self._valid.shape[1]
-
-    def check_room(self, max_length: int, tree_size: int) -> None:
-        """Raise ValueError if a static cache is too small for ``max_length`` tokens and a tree beside them."""
-        wanted = max_length + tree_size
-        for layer in self.cache.layers:
-            if isinstance(layer, StaticLayer) and layer.max_cache_len < wanted:
-                raise ValueError(
-                    f"The static cache holds {layer.max_cache_len} tokens, but max_length={max_length} and a tree of "
-                    f"{tree_size} nodes need {wanted}: pass max_cache_len={wanted}, or drop cache_implementation."
-                )
 
     def verify(self, tree: DraftTree, budgets: list[int], generation_config: Any) -> Any:
         """One forward over the tree's nodes, the root included; their keys and values go to the cache's end.
@@ -270,21 +267,3 @@ class TargetSession:
                 rows = rows.expand(-1, tensor.shape[1], -1, tensor.shape[-1])
                 # Gathering copies before the assignment, so overlapping slots are safe.
                 tensor[:, :, start : start + index.shape[1]] = tensor.gather(2, rows)
-
-
-def _without_eviction(cache: Any) -> Any:
-    """A cache for ragged rows: sliding layers count slots, so holes would make them drop tokens still in the window.
-
-    An empty dynamic cache is replaced by one whose layers keep everything (the mask still holds the window).
-
-    Raises:
-        ValueError: if the cache has sliding layers and cannot be replaced.
-    """
-    if not any(getattr(layer, "is_sliding", False) for layer in cache.layers):
-        return cache
-    if type(cache) is DynamicCache and cache.get_seq_length() == 0:
-        return DynamicCache()
-    raise ValueError(
-        "A batch of more than one row does not go with a sliding-window cache: pass past_key_values=DynamicCache(), or "
-        "generate the rows one by one."
-    )
