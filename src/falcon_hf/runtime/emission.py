@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
+from .draws import Draws
+
 
 class Emission:
     """Emits one row's tokens, one by one.
@@ -29,8 +31,9 @@ class Emission:
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
+        draws: Draws,
     ) -> None:
-        """``input_ids`` ``[B, P]``, of which this is row ``row``; the rest as ``generate()`` prepared it."""
+        """``input_ids`` ``[B, P]``, of which this is row ``row``; ``draws`` is the batch's, the rest ``generate()``'s."""
         self.ids = input_ids[row : row + 1]
         self.ended = False
         self._row, self._rows = row, input_ids.shape[0]
@@ -38,6 +41,7 @@ class Emission:
         self._processor = logits_processor
         self._criteria = stopping_criteria
         self._config = generation_config
+        self._draws = draws
 
         def record(wanted: bool | None) -> list[Any] | None:
             return [] if generation_config.return_dict_in_generate and wanted else None
@@ -72,7 +76,7 @@ class Emission:
         if self.logits is not None:
             self.logits.append(logits)
         if self._config.do_sample:
-            return torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
+            return self._draws.draw(scores.softmax(dim=-1), self._row, self.new_tokens)
         return scores.argmax(dim=-1)
 
     def _process(self, logits: torch.Tensor) -> torch.Tensor:

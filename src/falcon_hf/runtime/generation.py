@@ -19,6 +19,7 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList,
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode, MaxLengthCriteria
 
 from .candidate_generator import FalconCandidateGenerator
+from .draws import Draws
 from .emission import Emission
 from .outputs import StreamedRows, gather_output
 from .statistics import GenerationStatistics
@@ -110,8 +111,9 @@ def decode(
     check_row_ends(input_ids.shape[0], stopping_criteria, generation_config)
     statistics = GenerationStatistics(rows=input_ids.shape[0])
     with statistics.timed("total"):
+        draws = Draws(input_ids.shape[0])
         rows = [
-            Emission(input_ids, row, logits_processor, stopping_criteria, generation_config)
+            Emission(input_ids, row, logits_processor, stopping_criteria, generation_config, draws)
             for row in range(input_ids.shape[0])
         ]
         stream = StreamedRows(streamer, rows, generation_config)
@@ -149,6 +151,7 @@ def decode(
                         generators[index].append(features[index : index + 1, path], rows[index].ids[:, -len(path) :])
             statistics.count(paths, tree.size)
         stream.end()
+        draws.finish()
         if len(rows) > 1:
             session.compact()
     statistics.new_tokens = sum(row.new_tokens for row in rows)
