@@ -1,4 +1,4 @@
-"""Each folder of ``hub_cards/`` is what a Hub repo must hold: code, weights, config and card, in step with the source."""
+"""Each folder of ``hub_cards/`` is what a Hub repo holds: code, weights, config and card, in step with the source."""
 
 from __future__ import annotations
 

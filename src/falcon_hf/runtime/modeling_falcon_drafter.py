@@ -208,6 +208,21 @@ class FalconDrafter(PreTrainedModel):
         self.register_buffer("draft_vocab_ids", ids)
         self.post_init()
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As in transformers, but weights that the checkpoint lacks are an error, not random numbers and a warning.
+
+        Raises:
+            ValueError: naming the weights that are missing or have another shape.
+        """
+        drafter, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        wrong = [*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])]
+        if wrong:
+            raise ValueError(
+                f"The drafter's weights are incomplete: {', '.join(sorted(wrong)[:3])} ({len(wrong)} in all)."
+            )
+        return (drafter, info) if output_loading_info else drafter
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, nn.LSTM):

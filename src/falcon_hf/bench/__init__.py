@@ -1,0 +1,1 @@
+"""Measuring decoding methods against plain ``generate()``: questions, methods, runs, reports."""

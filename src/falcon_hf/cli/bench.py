@@ -1,0 +1,151 @@
+"""``falcon-hf bench``: speed and agreement of decoding methods, measured side by side."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markdown import Markdown
+
+from ..bench.errors import BenchError
+from ..bench.methods import METHODS, MethodContext, build_method, parse_method, parse_methods
+from ..bench.methods.falcon import drafter_folder, read_tree
+from ..bench.questions import read_questions
+from ..bench.report import render
+from ..bench.result_file import read_result
+from ..bench.runs import RunPlan, run
+from .console import fail, parse_device, parse_dtype, print_json, quiet, set_threads, stderr, stdout
+from .loading import DEMO, find_demo_drafter, load_target
+
+_METHOD_HELP = "; ".join(
+    name + (f" ({', '.join(f'{key}: {what}' for key, what in method.settings.items())})" if method.settings else "")
+    for name, method in sorted(METHODS.items())
+)
+
+
+def bench(
+    questions: Annotated[Path, typer.Option(help="Question file in Spec-Bench format (jsonl). First turns only.")],
+    output: Annotated[Path, typer.Option(help="Result file (JSON). If it holds part of this run, the run goes on.")],
+    target: Annotated[str, typer.Option(help="Hub repo or folder of the target, or 'demo'.")] = DEMO,
+    drafter: Annotated[
+        str | None, typer.Option(help="Folder or Hub repo of the drafter; the demo's drafter for 'demo'.")
+    ] = None,
+    tree: Annotated[
+        str | None, typer.Option(help="JSON file of paths, [[0], [1], [0, 0]], instead of the drafter's tree.")
+    ] = None,
+    methods: Annotated[
+        str, typer.Option(help=f"Comma-separated, each NAME or NAME:SETTING=VALUE:... Names: {_METHOD_HELP}.")
+    ] = "plain,falcon",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    attention: Annotated[str | None, typer.Option(help="sdpa or eager; the target's own by default.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own by default.")] = None,
+    num_questions: Annotated[int | None, typer.Option(help="The first so many; all by default.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens a question.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 for greedy.")] = 0.0,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus sampling.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Top-k sampling.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="As in generate().")] = None,
+    no_repeat_ngram_size: Annotated[int | None, typer.Option(help="As in generate().")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="Any other option of generate(), NAME=JSON; may be given repeatedly.")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Comma-separated; more than one needs a temperature.")] = "0",
+    repeats: Annotated[int, typer.Option(min=1, help="Times the whole set is run.")] = 1,
+    warmup: Annotated[int, typer.Option(min=0, help="Untimed short calls a method before the run.")] = 1,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print settings and summary as JSON instead of tables.")
+    ] = False,
+) -> None:
+    """Compare decoding methods with plain generate(), interleaved, question by question.
+
+    Asks the first turn of each question (multi-turn is not there yet), through the tokenizer's chat template. The
+    result file is written after each question; the same command goes on with a run that was cut off.
+
+    Example: falcon-hf bench --questions mt_bench.jsonl --output mt_bench.json --methods plain,falcon --threads 2
+    """
+    try:
+        labels = parse_methods(methods)
+        plan = RunPlan(
+            read_questions(questions, num_questions),
+            questions,
+            _options(
+                option, temperature, max_new_tokens=max_new_tokens, top_p=top_p, top_k=top_k,
+                repetition_penalty=repetition_penalty, no_repeat_ngram_size=no_repeat_ngram_size,
+            ),
+            _seeds(seeds),
+            repeats,
+            warmup,
+        )  # fmt: skip
+        paths = None if tree is None else read_tree(tree)
+        if output.exists():
+            read_result(output)  # a file that is something else is refused before the target is loaded
+        parsed, where = parse_dtype(dtype), parse_device(device)
+        source = _drafter(drafter, target, labels)
+        set_threads(threads)
+        with quiet():
+            model, tokenizer = load_target(target, parsed, where)
+            if attention is not None:
+                _set_attention(model, attention)
+            context = MethodContext(model, source, paths)
+            built = [build_method(label, context) for label in labels]
+            result = run(model, tokenizer, built, plan, output, show_progress=not as_json)
+    except BenchError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        stderr.print(f"Stopped. What was done is in {output}; the same command goes on.", soft_wrap=True)
+        raise typer.Exit(130) from None
+    if as_json:
+        shown = {key: value for key, value in result.items() if key != "runs"}
+        print_json({"output": str(output), **shown})
+    elif stdout.is_terminal:
+        stdout.print(Markdown(render([result])))
+    else:
+        typer.echo(render([result]), nl=False)  # drawn tables would be cut to a terminal's width
+
+
+def _drafter(given: str | None, target: str, labels: list[str]) -> str | None:
+    """The drafter for methods that name none themselves, known to be there; None if no method needs it."""
+    parsed = [parse_method(label) for label in labels]
+    if not any(method.needs_drafter and "drafter" not in settings for method, settings in parsed):
+        return None
+    if given is None and target == DEMO:
+        given = find_demo_drafter()
+    if given is None:
+        raise BenchError("Name the target's drafter: --drafter FOLDER_OR_REPO.")
+    drafter_folder(given)
+    return given
+
+
+def _options(extra: list[str] | None, temperature: float, **given: Any) -> dict[str, Any]:
+    """Options of ``generate()``: those given, and ``NAME=JSON`` ones; sampling if the temperature is above 0."""
+    options = {name: value for name, value in given.items() if value is not None}
+    if temperature > 0:
+        options |= {"do_sample": True, "temperature": temperature}
+    elif "top_p" in options or "top_k" in options:
+        raise BenchError("--top-p and --top-k need a --temperature above 0; greedy decoding ignores them.")
+    for text in extra or []:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise BenchError(f"--option is NAME=JSON, such as min_p=0.1, got {text!r}.")
+        try:
+            options[name] = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise BenchError(f"--option {name}: {value!r} is not JSON (a string needs double quotes).") from error
+    return options
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(seed) for seed in text.split(",")]
+    except ValueError as error:
+        raise BenchError(f"--seeds is a comma-separated list of whole numbers, got {text!r}.") from error
+
+
+def _set_attention(target: Any, name: str) -> None:
+    try:
+        target.set_attn_implementation(name)
+    except (ValueError, ImportError, KeyError) as error:
+        raise BenchError(f"--attention {name!r} cannot be used: {error}") from error

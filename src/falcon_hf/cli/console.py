@@ -1,0 +1,99 @@
+"""What the commands share: consoles, one-line errors, quiet libraries, and the options for dtype, device and threads.
+
+Text and JSON go to standard output, everything else to standard error. A problem the user can solve is one line
+there and exit code 2. Loading of models is in ``loading.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+import typer
+from huggingface_hub.utils import logging as hub_logging
+from rich.console import Console
+from rich.markup import escape
+from transformers.utils import logging as transformers_logging
+
+stdout = Console(highlight=False)
+stderr = Console(stderr=True, highlight=False)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_LONGEST_LINE = 400
+
+
+def fail(message: str) -> NoReturn:
+    """Print ``error: message`` as one line on standard error and leave with exit code 2."""
+    stderr.print(f"[bold red]error:[/] {escape(one_line(message))}", soft_wrap=True)
+    raise typer.Exit(2)
+
+
+def warn(message: str) -> None:
+    """Print ``warning: message`` as one line on standard error."""
+    stderr.print(f"[yellow]warning:[/] {escape(one_line(message))}", soft_wrap=True)
+
+
+def one_line(message: str) -> str:
+    """``message`` on one line; of a long one, its first line."""
+    lines = [" ".join(line.split()) for line in message.splitlines() if line.strip()] or ["unknown error"]
+    whole = " ".join(lines)
+    return whole if len(whole) <= _LONGEST_LINE else lines[0]
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Print ``value`` as JSON, and nothing else, on standard output."""
+    stdout.file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside the block: no chatter or weight-loading bars of the libraries, and our own warnings as one line each."""
+    levels = transformers_logging.get_verbosity(), hub_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    hub_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            yield
+    finally:
+        transformers_logging.set_verbosity(levels[0])
+        hub_logging.set_verbosity(levels[1])
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    # Other libraries' deprecations are for their developers. By name: a drafter's remote code has its own class.
+    if category.__name__ == "TargetMismatchWarning":
+        warn(str(message))
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """``float32``, ``bfloat16`` or ``float16`` as a torch dtype; any other name ends the command."""
+    if name not in DTYPES:
+        fail(f"--dtype must be one of {', '.join(DTYPES)}, got {name!r}.")
+    return DTYPES[name]
+
+
+def parse_device(name: str | None) -> torch.device:
+    """A torch device; for None CUDA if there is one, else the CPU. A bad or absent device ends the command."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device  # asks the device itself
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {name!r} cannot be used: {error}")
+
+
+def set_threads(threads: int | None) -> int:
+    """Give torch ``threads`` CPU threads (None: leave them) and return how many it has."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return torch.get_num_threads()

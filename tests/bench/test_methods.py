@@ -1,0 +1,201 @@
+"""Methods: found by file, built from their label, counted alike; drafters that cannot be read say why."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from falcon_hf.bench import methods
+from falcon_hf.bench.errors import BenchError
+from falcon_hf.bench.methods import METHODS, MethodContext, build_method, parse_method, parse_methods
+
+OPTIONS = {"do_sample": False, "max_new_tokens": 20}
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(0, 256, (1, 12), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def drafter_copy(drafter_path: Path, tmp_path: Path) -> Path:
+    """A drafter's folder to break."""
+    return Path(shutil.copytree(drafter_path, tmp_path / "copy"))
+
+
+def test_every_file_of_the_folder_is_a_method() -> None:
+    files = {path.stem for path in Path(methods.__file__).parent.glob("*.py")} - {"__init__", "base"}
+    assert files == set(METHODS)
+    assert files >= {"plain", "falcon", "prompt_lookup"}
+
+
+def test_labels_are_parsed() -> None:
+    assert parse_methods(" plain, falcon:drafter=some/repo:tree=a.json,falcon") == [
+        "plain",
+        "falcon:drafter=some/repo:tree=a.json",
+        "falcon",
+    ]
+    assert parse_method("falcon:drafter=some/repo:tree=a.json")[1] == {"drafter": "some/repo", "tree": "a.json"}
+
+
+@pytest.mark.parametrize(
+    ("specs", "fault"),
+    [
+        ("", "at least one method"),
+        ("plain,eagle", "Unknown method 'eagle'; known: falcon, plain, prompt_lookup"),
+        ("plain,plain", "plain is given twice"),
+        ("plain:tokens=3", "plain has no setting 'tokens=3'; it has: none"),
+        ("falcon:tree", "falcon has no setting 'tree'; it has: drafter=..., tree=..."),
+    ],
+)
+def test_bad_labels(specs: str, fault: str) -> None:
+    with pytest.raises(BenchError, match=fault):
+        parse_methods(specs)
+
+
+def test_plain_is_one_token_a_forward(chat_target: Any, ids: torch.Tensor) -> None:
+    result = build_method("plain", MethodContext(chat_target)).generate(ids, OPTIONS)
+    expected = chat_target.generate(ids, attention_mask=torch.ones_like(ids), **OPTIONS)
+    assert result.tokens == expected[0, 12:].tolist()
+    assert result.statistics == {
+        "rounds": 19,
+        "accepted": 0,
+        "new_tokens": 20,
+        "tau": 0.0,
+        "tau_with_bonus": 1.0,
+        "alpha": 0.0,
+    }
+
+
+def test_falcon_reports_the_loops_own_statistics(chat_target: Any, drafter_path: Path, ids: torch.Tensor) -> None:
+    # Every token is a child of the root, so each round accepts one draft, but the last has room for none.
+    context = MethodContext(chat_target, str(drafter_path), tree=[[rank] for rank in range(256)])
+    method: Any = build_method("falcon", context)
+    result = method.generate(ids, OPTIONS)
+    assert result.tokens == build_method("plain", context).generate(ids, OPTIONS).tokens
+    assert result.statistics == method.drafter.last_generation.as_dict()
+    counts = result.statistics
+    assert (counts["rounds"], counts["accepted"], counts["drafted"]) == (10, 9, 9 * 256)
+    assert result.statistics["verify_seconds"] > 0
+
+
+def test_prompt_lookup_accepts_on_repetitive_text(tiny_target: Callable[..., Any]) -> None:
+    target = tiny_target(initializer_range=0.02)  # small weights run into a cycle
+    start = torch.tensor([[5, 9]])
+    cycle = target.generate(start, attention_mask=torch.ones_like(start), do_sample=False, max_new_tokens=150)
+    result = build_method("prompt_lookup:tokens=4", MethodContext(target)).generate(cycle, OPTIONS)
+    assert result.tokens == build_method("plain", MethodContext(target)).generate(cycle, OPTIONS).tokens
+    counts = result.statistics
+    assert counts["accepted"] > counts["rounds"]
+    assert counts["accepted"] + counts["rounds"] + 1 == counts["new_tokens"] == 20
+    assert counts["tau_with_bonus"] == pytest.approx(counts["tau"] + 1)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "many", ""])
+def test_prompt_lookup_tokens(chat_target: Any, value: str) -> None:
+    with pytest.raises(BenchError, match="whole number of at least 1"):
+        build_method(f"prompt_lookup:tokens={value}", MethodContext(chat_target))
+
+
+def test_the_target_is_left_as_it_was(chat_target: Any, drafter_path: Path, ids: torch.Tensor) -> None:
+    method = build_method("falcon", MethodContext(chat_target, str(drafter_path)))
+    method.generate(ids, OPTIONS)
+    with pytest.raises(ValueError, match="num_beams"):
+        method.generate(ids, {**OPTIONS, "num_beams": 2})
+    assert not chat_target._forward_pre_hooks
+
+
+def test_falcon_provenance(chat_target: Any, drafter_path: Path) -> None:
+    weights = hashlib.sha256((drafter_path / "model.safetensors").read_bytes()).hexdigest()
+    found = build_method("falcon", MethodContext(chat_target, str(drafter_path))).provenance()
+    assert found["weights_sha256"] == weights
+    assert (found["block_size"], found["fusion"]) == (2, "lstm")
+    assert (found["tree"], found["tree_nodes"], found["tree_depth"]) == ([[0], [1], [0, 0]], 3, 2)
+
+
+def test_tree_override(chat_target: Any, drafter_path: Path, tmp_path: Path, ids: torch.Tensor) -> None:
+    tree = tmp_path / "tree.json"
+    tree.write_text("[[0], [0, 0], [0, 0, 0], [1]]", encoding="utf-8")
+    context = MethodContext(chat_target, str(drafter_path), tree=[[0]])
+    assert build_method("falcon", context).provenance()["tree"] == [[0]]
+    method: Any = build_method(f"falcon:tree={tree}", context)
+    assert method.provenance()["tree"] == [[0], [1], [0, 0], [0, 0, 0]]
+    method.generate(ids, {**OPTIONS, "max_new_tokens": 6})
+    # Five tokens are left behind the prefill's: the first round's tree is whole.
+    assert method.drafter.last_generation.drafted >= 4
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("not json", "Expecting value"),
+        ("[]", "at least one path"),
+        ("[[0, 0]]", r"not its parent \[0\]"),
+        ("[[-1]]", "ranks from 0 on"),
+        ("3", "not iterable"),
+    ],
+)
+def test_bad_tree_file(chat_target: Any, drafter_path: Path, tmp_path: Path, text: str, fault: str) -> None:
+    tree = tmp_path / "tree.json"
+    tree.write_text(text, encoding="utf-8")
+    with pytest.raises(BenchError, match=fault) as caught:
+        build_method(f"falcon:tree={tree}", MethodContext(chat_target, str(drafter_path)))
+    assert str(caught.value).startswith(f"The tree file {tree} cannot be used: ")
+
+
+def refused(target: Any, drafter: Path | str | None) -> str:
+    with pytest.raises(BenchError) as caught:
+        build_method("falcon", MethodContext(target, None if drafter is None else str(drafter)))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_no_drafter(chat_target: Any) -> None:
+    assert "pass --drafter" in refused(chat_target, None)
+    assert "not a folder here, nor a Hub repo's name" in refused(chat_target, "./absent")
+
+
+def test_drafter_without_config(chat_target: Any, tmp_path: Path) -> None:
+    assert "has no config.json" in refused(chat_target, tmp_path)
+
+
+def test_drafter_without_weights(chat_target: Any, drafter_copy: Path) -> None:
+    (drafter_copy / "model.safetensors").unlink()
+    assert "cannot be loaded" in refused(chat_target, drafter_copy)
+
+
+def test_drafter_with_corrupt_weights(chat_target: Any, drafter_copy: Path) -> None:
+    weights = drafter_copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "cannot be loaded" in refused(chat_target, drafter_copy)
+
+
+def test_drafter_with_missing_tensors(chat_target: Any, drafter_copy: Path) -> None:
+    weights = drafter_copy / "model.safetensors"
+    tensors = load_file(weights)
+    del tensors["layers.0.mlp.up_proj.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert "incomplete: layers.0.mlp.up_proj.weight (1 in all)" in refused(chat_target, drafter_copy)
+
+
+def test_another_kind_of_model(chat_target: Any, tmp_path: Path) -> None:
+    chat_target.save_pretrained(tmp_path)
+    assert "not a Falcon drafter: its model_type is 'llama'" in refused(chat_target, tmp_path)
+
+
+@pytest.mark.parametrize(("field", "value"), [("block_size", 0), ("block_size", "2"), ("no_such_field", 1)])
+def test_drafter_with_an_impossible_config(chat_target: Any, drafter_copy: Path, field: str, value: Any) -> None:
+    path = drafter_copy / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**config, field: value}), encoding="utf-8")
+    message = refused(chat_target, drafter_copy)
+    assert "cannot be loaded" in message

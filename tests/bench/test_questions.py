@@ -1,0 +1,86 @@
+"""Question files: what is read, and one clear line for whatever is not a question."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from falcon_hf.bench.errors import BenchError
+from falcon_hf.bench.questions import Question, prompt_ids, read_questions
+
+from .tiny import byte_tokenizer
+
+GOOD = '{"question_id": 1, "category": "maths", "turns": ["2 + 2?", "And 3 + 3?"], "reference": ["4"]}'
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "file.jsonl"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_reads_all_turns_and_skips_empty_lines(tmp_path: Path) -> None:
+    path = write(tmp_path, f"{GOOD}\n\n" + GOOD.replace(": 1,", ': "b",') + "\n")
+    assert read_questions(path) == [
+        Question(1, "maths", ("2 + 2?", "And 3 + 3?")),
+        Question("b", "maths", ("2 + 2?", "And 3 + 3?")),
+    ]
+
+
+def test_limit(question_file: Path) -> None:
+    assert [question.question_id for question in read_questions(question_file, 2)] == [81, 82]
+    for limit in (0, -1, 4):
+        with pytest.raises(BenchError, match="ask for 1 to 3, not"):
+            read_questions(question_file, limit)
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ("{not json}", "not JSON"),
+        ("[1, 2]", "a question is a JSON object, got list"),
+        ('{"category": "a", "turns": ["x"]}', "'question_id' is missing"),
+        ('{"question_id": 2, "turns": ["x"]}', "'category' is missing"),
+        ('{"question_id": 2, "category": "a"}', "'turns' is missing"),
+        ('{"question_id": null, "category": "a", "turns": ["x"]}', "question_id must be"),
+        ('{"question_id": true, "category": "a", "turns": ["x"]}', "question_id must be"),
+        ('{"question_id": 2, "category": 3, "turns": ["x"]}', "category must be a string"),
+        ('{"question_id": 2, "category": "a", "turns": "x"}', "turns must be a list"),
+        ('{"question_id": 2, "category": "a", "turns": []}', "turns must be a list"),
+        ('{"question_id": 2, "category": "a", "turns": ["x", 3]}', "turns must be a list"),
+        ('{"question_id": 2, "category": "a", "turns": ["  "]}', "turns must be a list"),
+        ('{"question_id": 1, "category": "a", "turns": ["x"]}', "question_id 1 comes twice"),
+    ],
+)
+def test_malformed_line_is_named(tmp_path: Path, line: str, fault: str) -> None:
+    path = write(tmp_path, f"{GOOD}\n\n{line}\n")
+    with pytest.raises(BenchError, match=fault) as caught:
+        read_questions(path)
+    assert str(caught.value).startswith(f"{path}, line 3: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(BenchError, match=r"cannot be read: No such file"):
+        read_questions(tmp_path / "absent.jsonl")
+    with pytest.raises(BenchError, match=r"cannot be read: Is a directory"):
+        read_questions(tmp_path)
+    binary = tmp_path / "binary.jsonl"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(BenchError, match=r"not UTF-8 text"):
+        read_questions(binary)
+    with pytest.raises(BenchError, match=r"has no question"):
+        read_questions(write(tmp_path, "\n"))
+
+
+def test_prompt_is_the_first_turn_in_the_chat_template(chat_tokenizer: Any) -> None:
+    ids = prompt_ids(chat_tokenizer, Question(1, "maths", ("2 + 2?", "And 3 + 3?")))
+    assert ids.shape[0] == 1
+    assert chat_tokenizer.decode(ids[0]) == "<user>2 + 2?\n<assistant>"
+
+
+def test_no_chat_template() -> None:
+    with pytest.raises(BenchError, match="no chat template"):
+        prompt_ids(byte_tokenizer(template=None), Question(1, "maths", ("2 + 2?",)))

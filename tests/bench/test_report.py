@@ -1,0 +1,166 @@
+"""The report: its tables, and a README that is kept equal to it."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from falcon_hf.bench.errors import BenchError
+from falcon_hf.bench.report import BEGIN, END, decoding, render, update_file, with_report
+from falcon_hf.bench.summary import summarise
+
+from .test_summary import PHASED, entry
+
+FALCON = {
+    "method": "falcon", "drafter": "hub_cards/small", "weights_sha256": "ab" * 32, "block_size": 2, "fusion": "lstm",
+    "draft_vocab_size": None, "tree": [[0]], "tree_nodes": 1, "tree_depth": 1,
+}  # fmt: skip
+
+
+@pytest.fixture
+def result() -> dict[str, Any]:
+    """Two questions; Falcon is faster and differs once by a tie, prompt lookup loses."""
+    compared = {"identical": True}
+    tie = {"identical": False, "first_difference": 17, "gap": 0.0625, "gap_unit": 0.125, "gap_units": 0.5}
+    runs = [
+        entry("plain", 81, 2.0, 10),
+        entry("falcon", 81, 1.0, 10, statistics=PHASED, **compared),
+        entry("prompt_lookup", 81, 4.0, 10, **compared),
+        entry("plain", 82, 2.0, 10),
+        entry("falcon", 82, 1.25, 10, statistics=PHASED, **tie),
+        entry("prompt_lookup", 82, 4.0, 10, **compared),
+    ]
+    settings = {
+        "versions": {"falcon_hf": "0.1.0", "transformers": "5.24.0", "torch": "2.13.0", "python": "3.11"},
+        "machine": {"cpu": "Some | CPU", "threads": 2, "device": "cpu"},
+        "target": {"name": "org/target", "dtype": "bfloat16", "attention": "sdpa", "fingerprint": []},
+        "questions": {"file": "mt_bench.jsonl", "sha256": "cd" * 32, "count": 2, "turns": 1},
+        "methods": {"plain": {}, "falcon": FALCON, "prompt_lookup": {"tokens": 10}},
+        "options": {"do_sample": False, "max_new_tokens": 10},
+        "seeds": [0],
+        "repeats": 1,
+        "warmup": 1,
+    }
+    summary = summarise(runs, list(settings["methods"]))
+    date = "2026-11-24T19:00:00+00:00"
+    head = {"format": 1, "complete": True, "date": date, "finished": date}
+    return {**head, "settings": settings, "summary": summary, "runs": runs}
+
+
+def row(report: str, *starts: str) -> list[list[str]]:
+    """Cells of the table rows whose first cells are ``starts``."""
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in report.splitlines() if line[:1] == "|"]
+    return [cells for cells in rows if cells[: len(starts)] == list(starts)]
+
+
+def test_speed_agreement_and_round(result: dict[str, Any]) -> None:
+    report = render([result])
+    name = "mt_bench, bfloat16, greedy"
+    speed, agreement, gap, timed = row(report, name, "falcon")
+    assert speed[2:] == ["8.9", "1.80x", "1.70 to 1.90", "1.60 to 2.00", "1.78x", "1.00", "2.00", "44%"]
+    assert agreement[2:] == ["1 of 2", "0.0625", "0.0625", "0.5", "0.5"]
+    assert gap[2:] == ["82", "0", "17", "0.0625", "0.125", "0.5"]
+    assert timed[2:] == [
+        "8", "200.0", "50.00 (25.0%)", "100.00 (50.0%)", "25.00 (12.5%)", "15.00 (7.5%)", "10.00 (5.0%)", "25.0%",
+    ]  # fmt: skip
+
+
+def test_plain_is_a_row_without_a_ratio_and_losing_rows_are_kept(result: dict[str, Any]) -> None:
+    report = render([result])
+    (plain,) = row(report, "mt_bench, bfloat16, greedy", "plain")
+    assert plain[2:] == ["5.0", "-", "-", "-", "-", "0.00", "1.00", "0%"]
+    loser = row(report, "mt_bench, bfloat16, greedy", "prompt_lookup")[0]
+    assert loser[3] == "0.50x"
+
+
+def test_every_table_is_rectangular(result: dict[str, Any]) -> None:
+    result["settings"]["questions"]["file"] = "a|b.jsonl"
+    tables = [part.splitlines() for part in render([result]).split("\n\n") if part.startswith("|")]
+    assert len(tables) == 4
+    for table in tables:
+        assert len({line.replace("\\|", "").count("|") for line in table}) == 1
+
+
+def test_provenance_line(result: dict[str, Any]) -> None:
+    line = render([result]).strip().splitlines()[-1]
+    for part in (
+        "org/target, bfloat16, sdpa", "Some | CPU, 2 threads", "2 questions of mt_bench.jsonl (sha256 cdcdcdcdcdcd)",
+        "10 new tokens", "1 seed, 1 repeat", "`falcon` is hub_cards/small (weights abababababab, k = 2",
+        "transformers 5.24.0", "2026-11-24",
+    ):  # fmt: skip
+        assert part in line
+    assert "INCOMPLETE" not in line
+    result["complete"], result["settings"]["questions"]["count"] = False, 80
+    assert "INCOMPLETE: 2 of 80 done" in render([result])
+
+
+def test_several_results_have_names_of_their_own(result: dict[str, Any]) -> None:
+    sampled = copy.deepcopy(result)
+    sampled["settings"]["options"] |= {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
+    report = render([result, sampled, result])
+    for name in (
+        "mt_bench, bfloat16, greedy (1)",
+        "mt_bench, bfloat16, greedy (2)",
+        "mt_bench, bfloat16, temperature 0.7, top_p 0.9",
+    ):
+        assert len(row(report, name, "falcon")) == 4
+
+
+def test_decoding_names_every_option() -> None:
+    options = {"do_sample": False, "max_new_tokens": 3, "repetition_penalty": 1.1, "no_repeat_ngram_size": 3}
+    assert decoding(options) == "greedy, repetition_penalty 1.1, no_repeat_ngram_size 3"
+
+
+def test_tables_without_content_are_left_out(result: dict[str, Any]) -> None:
+    result["runs"] = [run for run in result["runs"] if run["method"] == "prompt_lookup"]
+    for run in result["runs"]:
+        run["identical"] = None
+    result["summary"] = summarise(result["runs"], ["prompt_lookup"])
+    report = render([result])
+    assert len(row(report, "mt_bench, bfloat16, greedy")) == 1
+    assert "identical" not in report
+    assert "details" not in report
+
+
+def test_nothing_to_report(result: dict[str, Any]) -> None:
+    with pytest.raises(BenchError, match="at least one result"):
+        render([])
+    with pytest.raises(BenchError, match="no finished question"):
+        render([{**result, "summary": {}, "runs": []}])
+
+
+def test_readme_is_updated_between_the_markers_only(tmp_path: Path, result: dict[str, Any]) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"# Title\n\n{BEGIN}\nold\n{END}\n\nEnd.\n", encoding="utf-8")
+    report = render([result])
+    before = readme.read_text()
+    assert update_file(readme, report, check=True)
+    assert readme.read_text() == before
+    assert update_file(readme, report)
+    text = readme.read_text(encoding="utf-8")
+    assert text == f"# Title\n\n{BEGIN}\n{report.rstrip()}\n{END}\n\nEnd.\n"
+    assert not update_file(readme, report, check=True)
+    assert not update_file(readme, report)
+    readme.write_text(text.replace("1.80x", "2.80x"), encoding="utf-8")
+    assert update_file(readme, report, check=True)
+
+
+@pytest.mark.parametrize(
+    "text", ["", BEGIN, f"{END}\n{BEGIN}", f"{BEGIN}\n{END}\n{BEGIN}\n{END}", f"{BEGIN}\n{END}\n{END}"]
+)
+def test_markers_must_be_one_pair(tmp_path: Path, text: str) -> None:
+    with pytest.raises(BenchError, match="results:begin"):
+        with_report(text, "report")
+    readme = tmp_path / "README.md"
+    readme.write_text(text, encoding="utf-8")
+    with pytest.raises(BenchError, match=r"README\.md has no place for results"):
+        update_file(readme, "report")
+    assert readme.read_text(encoding="utf-8") == text
+
+
+def test_unreadable_readme(tmp_path: Path) -> None:
+    with pytest.raises(BenchError, match="cannot be updated: No such file"):
+        update_file(tmp_path / "absent.md", "report")
