@@ -14,7 +14,7 @@ from .test_batch import VOCAB, batch
 
 TREE = bushy_tree(VOCAB, 3, 12)
 GREEDY = {"do_sample": False, "max_new_tokens": 24}
-# Before transformers 5.20 a static layer could not give up rejected drafts.
+# In older transformers (5.17) a static layer cannot give up rejected drafts.
 CROPPABLE = getattr(StaticLayer, "is_croppable", False) is not False
 
 

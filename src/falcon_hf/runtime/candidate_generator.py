@@ -94,7 +94,7 @@ class FalconCandidateGenerator:
             max_depth: no node deeper than this; the root alone below 1.
 
         Returns:
-            The tree, on the target's embedding device.
+            The tree, on the root's device.
         """
         plan = self._plan(min(max_depth, self.shape.depth))
         if plan is None or self._columns < self.block_size:

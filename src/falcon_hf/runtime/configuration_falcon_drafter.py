@@ -11,6 +11,8 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .tree_shape import TreeShape
+
 FUSIONS = ("lstm", "lstm_stateless", "linear")
 VERIFIERS = ("follow",)
 MAX_BLOCK_SIZE = 8
@@ -163,8 +165,11 @@ class FalconDrafterConfig(PreTrainedConfig):
             )
         if self.logit_scale <= 0 or (self.logit_softcap is not None and self.logit_softcap <= 0):
             raise ValueError("logit_scale and logit_softcap must be positive.")
-        if self.tree is not None and not self.tree:
-            raise ValueError("tree must be None (the paper's) or a list of paths, such as [[0], [1], [0, 0]].")
+        if self.tree is not None:
+            try:
+                TreeShape.from_paths(self.tree)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"tree must be None or a list of paths such as [[0], [1], [0, 0]]: {error}") from error
 
     @classmethod
     def from_target(

@@ -59,6 +59,7 @@ def validate(
         ValueError: beam search and other modes, options that exclude a drafter, outputs that are not recorded, and
             all of [`check_target`].
     """
+    check_target(target, drafter.config)
     if generation_config.num_beams > 1:
         raise ValueError(
             f"num_beams={generation_config.num_beams} does not go with a Falcon drafter (transformers would ignore the "
@@ -77,7 +78,6 @@ def validate(
         raise ValueError("Falcon does not record attentions for now: drop output_attentions or assistant_model.")
     if generation_config.use_cache is False:
         raise ValueError("Falcon needs a key-value cache: drop use_cache=False or assistant_model.")
-    check_target(target, drafter.config)
     relaxed = copy.copy(generation_config)
     relaxed.num_return_sequences = 1
     return relaxed

@@ -32,7 +32,7 @@ _WASTE_SHARE = 0.25
 
 
 def cache_key(target: PreTrainedModel) -> str:
-    """The keyword of the cache: ``cache``, or ``past_key_values`` before transformers 5.20."""
+    """The keyword of the cache: ``cache``, or ``past_key_values`` in older transformers (5.17)."""
     parameters = inspect.signature(target.forward).parameters
     return "cache" if "cache" in parameters else "past_key_values"
 
@@ -128,7 +128,7 @@ class TargetSession:
     def _wanted_states(self, generation_config: Any) -> bool | list[int]:
         """What to ask for as ``output_hidden_states``: all if the user wants them back, else little but the last.
 
-        The last state is number L of L layers; transformers before 5.20 counted it L - 1.
+        The last state is number L of L layers; older transformers (5.17) count it L - 1.
         """
         layers = self.config.num_hidden_layers
         return True if generation_config.output_hidden_states else [layers - 1, layers]

@@ -34,6 +34,7 @@ class DraftPass:
         first_node, end_node: the new nodes are ``first_node`` to ``end_node`` - 1.
         source: ``[M]``, flat position w * k + j in this pass whose law a new node's token comes from.
         rank: ``[M]``, its rank in that law.
+        candidates: how many candidates of each law the pass needs, one more than its largest rank.
         row_nodes: ``[W * k]``, nodes whose tokens are this pass's input pairs (empty in pass 0).
         row_features: ``[W * k]``, flat positions of the previous pass whose features are those pairs'.
         row_positions: ``[W * k]``, positions of those pairs, counted from the first pair behind the committed ones.
@@ -46,16 +47,12 @@ class DraftPass:
     end_node: int
     source: torch.Tensor
     rank: torch.Tensor
+    candidates: int
     row_nodes: torch.Tensor
     row_features: torch.Tensor
     row_positions: torch.Tensor
     parent_block: torch.Tensor
     visible: torch.Tensor
-
-    @property
-    def candidates(self) -> int:
-        """How many candidates of each law the pass needs."""
-        return int(self.rank.max()) + 1
 
 
 @dataclass(frozen=True)
@@ -186,6 +183,7 @@ class TreeShape:
                 DraftPass(
                     first_node=index[nodes[0]],
                     end_node=index[nodes[-1]] + 1,
+                    candidates=max(path[-1] for path in nodes) + 1,
                     visible=torch.tensor(visible, dtype=torch.bool, device=device).view(len(own), len(all_rows)),
                     **{name: torch.tensor(values, dtype=torch.long, device=device) for name, values in tensors.items()},
                 )

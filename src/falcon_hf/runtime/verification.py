@@ -26,8 +26,8 @@ def follow_greedy(tree: DraftTree, logits: torch.Tensor) -> tuple[torch.Tensor, 
         logits: ``[B, N, V]``, the target's, unprocessed.
 
     Returns:
-        ``path`` ``[B, D]``: visited nodes from the root on, D one more than the tree's depth, filled up with N;
-        ``tokens`` ``[B, D]``: the token emitted at each visited node, garbage beyond;
+        ``path`` ``[B, N]``: visited nodes from the root on, filled up with N;
+        ``tokens`` ``[B, N]``: the token emitted at each visited node, garbage beyond;
         ``visited`` ``[B]``: how many nodes were visited, which is the accepted drafts and one.
     """
     chosen = logits.argmax(-1)  # [B, N]

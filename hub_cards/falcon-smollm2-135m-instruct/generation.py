@@ -1,0 +1,259 @@
+"""Falcon's decoding loop: prefill, then rounds of draft, verify, walk and keep, until a stopping criterion holds.
+
+What ``generate()`` prepared (processors, criteria, cache, streamer) is used as it is, per emitted token and in order,
+so every option keeps its meaning. ``tests/runtime/test_generation.py`` and ``test_options.py`` hold the output against
+plain ``generate()``.
+
+Device syncs per round: greedy without processors or recorded outputs, one for the walk and one an emitted token for
+the stopping criteria; otherwise one an emitted token. Plain ``generate()`` has one an emitted token.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode, MaxLengthCriteria
+
+from .candidate_generator import FalconCandidateGenerator
+from .draws import Draws
+from .emission import Emission
+from .outputs import StreamedRows, gather_output
+from .statistics import GenerationStatistics
+from .target import check_target
+from .target_session import TargetSession
+from .tree import DraftTree
+from .verification import follow, follow_greedy
+
+if TYPE_CHECKING:
+    from transformers.generation.streamers import BaseStreamer
+
+    from .modeling_falcon_drafter import FalconDrafter
+
+logger = logging.getLogger(__name__)
+
+# Options of generate() that name another way to draft, or change what an assisted text is; none may be lost silently.
+_EXCLUSIVE_OPTIONS = {
+    "prompt_lookup_num_tokens": "it names another source of drafts",
+    "assistant_early_exit": "it names another source of drafts",
+    "assistant_ensemble_weight": "it would change the text",
+}
+
+
+def validate(
+    target: PreTrainedModel,
+    drafter: FalconDrafter,
+    generation_mode: GenerationMode,
+    generation_config: GenerationConfig,
+    generation_mode_kwargs: dict[str, Any],
+) -> GenerationConfig:
+    """Refuse what Falcon cannot do, with the remedy, before any work.
+
+    Returns:
+        The config for transformers' own checks, which refuse several sequences a prompt for any assistant.
+
+    Raises:
+        ValueError: beam search and other modes, options that exclude a drafter, outputs that are not recorded, and
+            all of [`check_target`].
+    """
+    check_target(target, drafter.config)
+    if generation_config.num_beams > 1:
+        raise ValueError(
+            f"num_beams={generation_config.num_beams} does not go with a Falcon drafter (transformers would ignore the "
+            "drafter): set num_beams=1 or drop assistant_model."
+        )
+    if generation_mode != GenerationMode.ASSISTED_GENERATION:
+        raise ValueError(
+            f"A Falcon drafter goes with greedy search and sampling, not {generation_mode}: drop assistant_model."
+        )
+    for option, why in _EXCLUSIVE_OPTIONS.items():
+        if getattr(generation_config, option, None) is not None:
+            raise ValueError(f"{option} and a Falcon drafter exclude each other ({why}): drop one of the two.")
+    if generation_mode_kwargs.get("assistant_tokenizer") is not None:
+        raise ValueError("A Falcon drafter shares the target's tokenizer: drop assistant_tokenizer.")
+    if generation_config.return_dict_in_generate and generation_config.output_attentions:
+        raise ValueError("Falcon does not record attentions for now: drop output_attentions or assistant_model.")
+    if generation_config.use_cache is False:
+        raise ValueError("Falcon needs a key-value cache: drop use_cache=False or assistant_model.")
+    relaxed = copy.copy(generation_config)
+    relaxed.num_return_sequences = 1
+    return relaxed
+
+
+def decode(
+    target: PreTrainedModel,
+    drafter: FalconDrafter,
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    streamer: BaseStreamer | None = None,
+    synced_gpus: bool = False,
+    tokenizer: Any = None,
+    inputs_tensor: Any = None,
+    **model_kwargs: Any,
+) -> torch.Tensor | GenerateDecoderOnlyOutput:
+    """Generate from ``input_ids`` ``[B, P]``; everything as ``generate()`` hands it to a decoding method.
+
+    With ``synced_gpus`` (ZeRO-3, FSDP) every round is one target forward on every device, until all have finished.
+    ``tokenizer`` has served in the stopping criteria, and ``inputs_tensor`` is for encoders.
+
+    Returns:
+        ``[B, P + longest text]`` ids, or the output object if ``return_dict_in_generate``.
+
+    Raises:
+        ValueError: if the cache or a model input cannot serve (see [`TargetSession`]), or rows of a batch may end at
+            different times without a padding token.
+    """
+    check_row_ends(input_ids.shape[0], stopping_criteria, generation_config)
+    statistics = GenerationStatistics(rows=input_ids.shape[0])
+    with statistics.timed("total"):
+        draws = Draws(input_ids.shape[0])
+        rows = [
+            Emission(input_ids, row, logits_processor, stopping_criteria, generation_config, draws)
+            for row in range(input_ids.shape[0])
+        ]
+        stream = StreamedRows(streamer, rows, generation_config)
+        generators = FalconCandidateGenerator(drafter, target).for_rows(len(rows))
+        slots = generation_config.max_length + generators[0].shape.size
+        session = TargetSession(target, len(rows), slots, model_kwargs)
+        with statistics.timed("prefill"):
+            outputs = session.prefill(input_ids, generation_config)
+        with statistics.timed("walk"):
+            for index, row in enumerate(rows):
+                row.ended = bool(row.commit(row.choose(outputs.logits[index : index + 1, -1])))
+            stream.flush()
+        with statistics.timed("draft"):
+            for row, generator, features in zip(rows, generators, session.prompt_features, strict=True):
+                known = min(features.shape[1], row.ids.shape[1])
+                generator.append(features[:, -known:], row.ids[:, -known:])
+        prompt_states = outputs.hidden_states
+        while target._has_unfinished_sequences(all(row.ended for row in rows), synced_gpus, device=input_ids.device):
+            if all(row.ended for row in rows):
+                session.idle(rows[0].ids[:, -1:], generation_config)
+                continue
+            with statistics.timed("draft"):
+                tree = _draft(rows, generators)
+            with statistics.timed("verify"):
+                outputs = session.verify(tree, [row.budget for row in rows], generation_config)
+            with statistics.timed("walk"):
+                paths = _walk(tree, outputs, rows)
+                stream.flush()
+            with statistics.timed("cache"):
+                session.keep(paths, tree.size)
+            with statistics.timed("draft"):
+                features = outputs.hidden_states[-1]
+                for index, path in enumerate(paths):
+                    if path and not rows[index].ended:
+                        generators[index].append(features[index : index + 1, path], rows[index].ids[:, -len(path) :])
+            statistics.count(paths, tree.size)
+        stream.end()
+        draws.finish()
+        if len(rows) > 1:
+            session.compact()
+    statistics.new_tokens = sum(row.new_tokens for row in rows)
+    drafter.last_generation = statistics
+    logger.debug("%s", statistics)
+    return gather_output(rows, generation_config, prompt_states, session.cache)
+
+
+def check_row_ends(rows: int, stopping_criteria: StoppingCriteriaList, generation_config: GenerationConfig) -> None:
+    """Refuse a batch whose rows may end at different times without a padding token to fill up the shorter.
+
+    Plain decoding lets such rows run on behind their end until all have ended, which no later round could undo.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    if rows == 1 or all(isinstance(criterion, MaxLengthCriteria) for criterion in stopping_criteria):
+        return
+    pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    if not pads or generation_config._pad_token_tensor is None:
+        raise ValueError(
+            "A batch whose rows may end at different times needs eos_token_id and pad_token_id, to fill up the shorter "
+            "rows: set both, or generate the rows one by one."
+        )
+
+
+def _draft(rows: list[Emission], generators: list[FalconCandidateGenerator]) -> DraftTree:
+    """One tree a row, all of one shape; the rows that have ended get the root's token everywhere."""
+    # The walk emits one token more than it accepts, so nodes from depth ``budget`` on could not be emitted.
+    deepest = max(row.budget for row in rows if not row.ended) - 1
+    trees = {
+        index: generator.draft(row.ids[:, -1:], deepest)
+        for index, (row, generator) in enumerate(zip(rows, generators, strict=True))
+        if not row.ended
+    }
+    if len(rows) == 1:
+        return trees[0]
+    some = next(iter(trees.values()))
+    tokens = [
+        trees[index].tokens if index in trees else row.ids[:, -1:].expand(1, some.size)
+        for index, row in enumerate(rows)
+    ]
+    return DraftTree(
+        tokens=torch.cat(tokens),
+        parents=some.parents.expand(len(rows), -1),
+        depths=some.depths.expand(len(rows), -1),
+        ancestors=some.ancestors.expand(len(rows), -1, -1),
+    )
+
+
+def _walk(tree: DraftTree, outputs: Any, rows: list[Emission]) -> list[list[int]]:
+    """Emit tokens along each row's tree; returns the visited nodes, root first, none for a row that had ended."""
+    if rows[0].is_plain_greedy:
+        nodes, tokens, visited = follow_greedy(tree, outputs.logits)
+        walks = torch.cat((visited[:, None], nodes), dim=1).tolist()
+        return [
+            [] if row.ended else _commit_all(row, tokens[index : index + 1], walk[1 : 1 + walk[0]])
+            for index, (row, walk) in enumerate(zip(rows, walks, strict=True))
+        ]
+    paths: list[list[int]] = []
+    for index, row in enumerate(rows):
+        if row.ended:
+            paths.append([])
+            continue
+
+        def choose(node: int, index: int = index, row: Emission = row) -> tuple[torch.Tensor, torch.Tensor]:
+            token = row.choose(outputs.logits[index : index + 1, node])
+            row.record_hidden_states(outputs.hidden_states, node)
+            return token[0], row.commit(token)
+
+        path, row.ended = follow(tree, index, choose)
+        paths.append(path)
+    return paths
+
+
+def _commit_all(row: Emission, tokens: torch.Tensor, path: list[int]) -> list[int]:
+    """Commit the tokens ``[1, D]`` emitted along ``path`` until the text ends; returns the path as far as it went."""
+    for index in range(len(path)):
+        row.ended = bool(row.commit(tokens[:, index]))
+        if row.ended:
+            return path[: index + 1]
+    return path
+
+
+class FalconGenerationMixin(GenerationMixin):
+    """``GenerationMixin`` with Falcon built in, for those who want no routing (``falcon_hf.uninstall()``).
+
+    ``class MyModel(FalconGenerationMixin, LlamaForCausalLM): ...`` takes Falcon drafters as ``assistant_model``, and
+    every other assistant as before.
+    """
+
+    def _validate_generation_mode(
+        self, generation_mode: Any, generation_config: Any, generation_mode_kwargs: dict[str, Any]
+    ) -> None:
+        drafter: Any = generation_mode_kwargs.get("assistant_model")
+        if hasattr(drafter, "_falcon_validate"):
+            generation_config = drafter._falcon_validate(
+                self, generation_mode, generation_config, generation_mode_kwargs
+            )
+        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+
+    def _assisted_decoding(self, *args: Any, assistant_model: Any = None, **kwargs: Any) -> Any:
+        if hasattr(assistant_model, "_falcon_decode"):
+            return assistant_model._falcon_decode(self, *args, **kwargs)
+        return super()._assisted_decoding(*args, assistant_model=assistant_model, **kwargs)

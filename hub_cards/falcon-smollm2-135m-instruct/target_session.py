@@ -1,0 +1,269 @@
+"""One generation's hold on its target: prefill, verification of a tree in one forward, and the cache.
+
+Invariant, held by ``tests/runtime/test_final_cache.py``: after [`TargetSession.keep`] the cache holds, for each row,
+the committed tokens but the last, each with the keys and values that decoding one token at a time would have left.
+
+A cached token is a *slot*; its *position* is what the rotary embedding sees. They differ with left padding, inside a
+tree, where siblings share a position, and between the rows of a batch: rows accept different numbers of drafts, all
+advance by the longest, and the others are left with invalid slots, *holes*. Masks go by validity and positions, so
+holes cost room and nothing else; [`TargetSession.compact`] closes them when they are many, and at the end.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, StaticLayer
+
+from .target_cache import fitting_cache
+from .tree import DraftTree
+
+# Prepared anew for every forward of ours, or meaningless there.
+_OWN_KWARGS = frozenset(
+    {"attention_mask", "position_ids", "cache", "past_key_values", "cache_position", "logits_to_keep", "use_cache"}
+    | {"output_hidden_states", "output_attentions", "inputs_embeds", "return_dict"}
+)
+
+# Holes beyond this share of a batch's slots are closed; closing costs a copy of the generated part of the cache.
+_WASTE_SHARE = 0.25
+
+
+def cache_key(target: PreTrainedModel) -> str:
+    """The keyword of the cache: ``cache``, or ``past_key_values`` in older transformers (5.17)."""
+    parameters = inspect.signature(target.forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
+
+
+def layer_kinds(config: Any) -> list[str]:
+    """Attention kind of each layer, by the rule of transformers' ``create_masks_for_generate``."""
+    layers = config.num_hidden_layers
+    if getattr(config, "layer_types", None) is not None:
+        return list(config.layer_types)
+    if getattr(config, "sliding_window", None) is not None:
+        return ["sliding_attention"] * layers
+    if getattr(config, "attention_chunk_size", None) is not None:
+        return ["chunked_attention"] * layers
+    return ["full_attention"] * layers
+
+
+class TargetSession:
+    """The target during one call of ``generate()``.
+
+    Attributes:
+        cache: the target's key-value cache, as ``generate()`` prepared it.
+        prompt_features: one ``[1, F, H]`` a row, last hidden states of its last F prompt tokens, set by [`prefill`];
+            fewer than the prompt has where it was prefilled in chunks or partly cached before.
+    """
+
+    def __init__(self, target: PreTrainedModel, rows: int, slots: int, model_kwargs: dict[str, Any]) -> None:
+        """Take over the target for a batch of ``rows``; generates nothing.
+
+        Args:
+            target: the target.
+            rows: B.
+            slots: what a static cache must hold: the longest text and one tree.
+            model_kwargs: as ``generate()`` hands them to a decoding method.
+
+        Raises:
+            ValueError: if there is no cache or none that fits, or a tensor among the keywords that verification could
+                not honour.
+        """
+        self.target = target
+        self.rows = rows
+        self.config = target.config.get_text_config()
+        self._cache_key = cache_key(target)
+        self.cache: Any = model_kwargs.get(self._cache_key)
+        if self.cache is None:
+            raise ValueError(
+                "Falcon needs a key-value cache; do not pass use_cache=False together with assistant_model."
+            )
+        self.cache = fitting_cache(self.cache, rows, slots)
+        self.model_kwargs = {**model_kwargs, self._cache_key: self.cache}
+        self._extra = {name: value for name, value in model_kwargs.items() if name not in _OWN_KWARGS}
+        for name, value in self._extra.items():
+            if isinstance(value, torch.Tensor):
+                raise ValueError(
+                    f"Falcon cannot carry the model input {name!r} through a tree; drop it or assistant_model."
+                )
+        self._kinds = layer_kinds(self.config)
+
+    def prefill(self, input_ids: torch.Tensor, generation_config: Any) -> Any:
+        """Run the prompt through the target, as ``generate()`` would; returns its outputs.
+
+        Raises:
+            ValueError: if the cache cannot give up rejected drafts.
+        """
+        self.cache.activate_past_recording()
+        kwargs = {**self.model_kwargs, "output_hidden_states": self._wanted_states(generation_config)}
+        outputs = self.target._prefill(input_ids, generation_config, kwargs)
+        if not self.cache.is_croppable:
+            raise ValueError(
+                f"{type(self.cache).__name__} cannot give up rejected drafts; drop cache_implementation, or pass "
+                "transformers.DynamicCache(), or generate without assistant_model."
+            )
+        # Sliding layers held everything for a rollback that a prefill never needs.
+        self.cache.crop(0)
+        features = outputs.hidden_states[-1]
+        self._note_slots(features.device)
+        # Padding has no features worth drafting from. One sync, once.
+        self._filled: list[int] = self._valid.sum(-1).tolist()  # valid slots of each row
+        self.prompt_features = [features[row : row + 1, -real:] for row, real in enumerate(self._filled)]
+        return outputs
+
+    def _note_slots(self, device: torch.device) -> None:
+        """Which slots hold real tokens, and at which positions: ``[B, L]`` each, L cached slots."""
+        self._prompt_slots = length = int(self.cache.get_seq_length())
+        mask = self.model_kwargs.get("attention_mask")
+        valid = torch.ones(1, length, dtype=torch.bool, device=device) if mask is None else mask.to(device).bool()
+        positions = self.model_kwargs.get("position_ids")
+        if positions is None or positions.shape[-1] != length:
+            positions = (valid.long().cumsum(-1) - 1).clamp_min(0)
+        self._valid = valid[:, -length:].expand(self.rows, -1)
+        self._positions = positions.to(device).expand(self.rows, -1)
+        self.next_position = self._positions[:, -1:] + 1
+
+    def _wanted_states(self, generation_config: Any) -> bool | list[int]:
+        """What to ask for as ``output_hidden_states``: all if the user wants them back, else little but the last.
+
+        The last state is number L of L layers; older transformers (5.17) count it L - 1.
+        """
+        layers = self.config.num_hidden_layers
+        return True if generation_config.output_hidden_states else [layers - 1, layers]
+
+    @property
+    def length(self) -> int:
+        """L, the slots in use."""
+        return self._valid.shape[1]
+
+    def verify(self, tree: DraftTree, budgets: list[int], generation_config: Any) -> Any:
+        """One forward over the tree's nodes, the root included; their keys and values go to the cache's end.
+
+        Args:
+            tree: N nodes a row.
+            budgets: how many more tokens each row may emit. Nodes from that depth on cannot be, and are kept from
+                positions that the target may not have.
+            generation_config: says which hidden states the user wants.
+
+        Returns:
+            The target's outputs: logits ``[B, N, V]``, ``hidden_states[-1]`` ``[B, N, H]``.
+        """
+        device = self.next_position.device
+        self._make_room(tree.size)
+        deepest = torch.tensor(budgets, device=device)[:, None] - 1
+        positions = self.next_position + tree.depths.to(device).minimum(deepest.clamp_min(0))
+        outputs = self.target(
+            input_ids=tree.tokens.to(device),
+            position_ids=positions,
+            attention_mask=self.masks(tree.ancestors.to(device), positions),
+            use_cache=True,
+            output_hidden_states=self._wanted_states(generation_config),
+            return_dict=True,
+            **{self._cache_key: self.cache},
+            **self._extra,
+        )
+        self._node_positions = positions
+        return outputs
+
+    def masks(self, ancestors: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
+        """The 4D mask of a tree behind the cached slots, one a layer kind where the target wants a dict.
+
+        Args:
+            ancestors: ``[B, N, N]`` bool.
+            positions: ``[B, N]``, positions of the nodes.
+
+        Returns:
+            ``[B, 1, N, width]``: bool, or additive in the target's dtype for eager attention, which adds it.
+        """
+        masks: dict[str, torch.Tensor] = {}
+        rows, nodes = positions.shape
+        for kind in dict.fromkeys(self._kinds):
+            width, offset = (int(size) for size in self.cache.get_mask_sizes(nodes, self._kinds.index(kind)))
+            held = self.length - offset  # slots before the tree that a layer of this kind still holds
+            visible = torch.zeros(rows, nodes, width, dtype=torch.bool, device=positions.device)
+            visible[:, :, :held] = self._valid[:, None, offset:]
+            visible[:, :, held : held + nodes] = ancestors
+            if kind != "full_attention":
+                keys = torch.zeros(rows, width, dtype=torch.long, device=positions.device)
+                keys[:, :held] = self._positions[:, offset:]
+                keys[:, held : held + nodes] = positions
+                visible &= self._in_reach(kind, keys[:, None], positions[:, :, None])
+            visible = visible[:, None]
+            if self.target.config._attn_implementation == "eager":
+                dtype = self.target.dtype
+                blocked = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+                visible = blocked.masked_fill(~visible, torch.finfo(dtype).min)
+            masks[kind] = visible
+        return masks if getattr(self.config, "layer_types", None) is not None else masks[self._kinds[0]]
+
+    def _in_reach(self, kind: str, keys: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+        """Whether a sliding or chunked layer's query position may look at a key position."""
+        if kind == "sliding_attention":
+            return keys > queries - self.config.sliding_window
+        size = self.config.attention_chunk_size
+        return keys // size == queries // size
+
+    def keep(self, paths: list[list[int]], nodes: int) -> None:
+        """Keep the verified nodes of each row (ascending, from the root on) of a tree of ``nodes``, drop the others.
+
+        A finished row has an empty path: it adds nothing valid, and its position stays.
+        """
+        kept = max(map(len, paths))
+        device = self._positions.device
+        if any(path != list(range(len(path))) for path in paths):  # else they lie where they belong
+            padded = [path + [0] * (kept - len(path)) for path in paths]
+            self._gather(nodes, torch.tensor(padded, device=device))
+        self.cache.crop(kept - nodes)
+        lengths = torch.tensor([len(path) for path in paths], device=device)[:, None]
+        valid = torch.arange(kept, device=device) < lengths
+        self._filled = [filled + len(path) for filled, path in zip(self._filled, paths, strict=True)]
+        # A path has one node a depth.
+        positions = self.next_position + torch.arange(kept, device=device)
+        self._valid = torch.cat((self._valid, valid), dim=1)
+        self._positions = torch.cat((self._positions, positions), dim=1)
+        self.next_position = self.next_position + lengths
+
+    def idle(self, token: torch.Tensor, generation_config: Any) -> None:
+        """A forward that leaves no trace, for the sake of other devices that wait for it: ``[1, 1]`` any token."""
+        root = DraftTree.root_only(token.expand(self.rows, 1))
+        self.verify(root, [1] * self.rows, generation_config)
+        self.cache.crop(-1)
+
+    def compact(self) -> None:
+        """Close the holes behind the prompt: each row's tokens one behind the other, as plain decoding lays them."""
+        generated = self._valid[:, self._prompt_slots :]
+        order = torch.argsort(~generated, dim=1, stable=True)  # the valid ones first, in their order
+        longest = int(generated.sum(-1).max())
+        surplus = generated.shape[1] - longest
+        if surplus == 0 and bool((order == torch.arange(order.shape[1], device=order.device)).all()):
+            return
+        self._gather(generated.shape[1], order[:, :longest])
+        self.cache.crop(-surplus)
+        kept = self._prompt_slots + order[:, :longest]
+        head = torch.arange(self._prompt_slots, device=kept.device).expand(self.rows, -1)
+        kept = torch.cat((head, kept), dim=1)
+        self._valid, self._positions = self._valid.gather(1, kept), self._positions.gather(1, kept)
+
+    def _make_room(self, nodes: int) -> None:
+        """Compact a batch whose holes waste a quarter of its slots, or a static cache that a tree would overflow."""
+        if self.rows == 1:
+            return  # no holes
+        static = [layer.max_cache_len for layer in self.cache.layers if isinstance(layer, StaticLayer)]
+        wasted = self.length - max(self._filled)  # slots that not even the longest row uses
+        if wasted > self.length * _WASTE_SHARE or any(room < self.length + nodes for room in static):
+            self.compact()
+
+    def _gather(self, region: int, index: torch.Tensor) -> None:
+        """In every layer's last ``region`` slots, put those at ``index`` ``[B, n]`` (from its start) in front."""
+        for layer in self.cache.layers:
+            if not isinstance(layer, CacheLayerMixin) or not layer.is_initialized or layer.keys is None:
+                continue  # shared keys and values: another layer holds them
+            used = int(layer.cumulative_length) if isinstance(layer, StaticLayer) else layer.keys.shape[-2]
+            start = used - region
+            for tensor in (layer.keys, layer.values):  # [B, heads, slots, width]
+                rows = (start + index.to(tensor.device))[:, None, :, None]
+                rows = rows.expand(-1, tensor.shape[1], -1, tensor.shape[-1])
+                # Gathering copies before the assignment, so overlapping slots are safe.
+                tensor[:, :, start : start + index.shape[1]] = tensor.gather(2, rows)

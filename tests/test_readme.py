@@ -1,0 +1,47 @@
+"""The tables in README and cards are those of the stored results, and the README's commands are CI's."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from falcon_hf.bench.report import BEGIN, END, render
+from falcon_hf.bench.result_file import read_result
+
+ROOT = Path(__file__).parents[1]
+CARD = ROOT / "hub_cards" / "falcon-smollm2-135m-instruct"
+# In the order of the tables; `falcon-hf report` with these files and --update FILE writes them.
+RESULTS = ("bfloat16-greedy", "float32-greedy", "float32-sampled", "float32-penalties")
+
+
+def results() -> list[Path]:
+    return [CARD / "benchmarks" / f"mt-bench-{name}.json" for name in RESULTS]
+
+
+def test_no_stored_result_is_left_out():
+    assert set(results()) == set((CARD / "benchmarks").iterdir())
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", CARD / "README.md"], ids=["README", "card"])
+def test_tables_are_those_of_the_stored_results(path):
+    text = path.read_text(encoding="utf-8")
+    shown = text[text.index(BEGIN) + len(BEGIN) : text.index(END)].strip()
+    assert shown == render([read_result(result) for result in results()]).strip()
+
+
+def test_results_are_complete_and_float32_is_identical():
+    for path in results():
+        result = read_result(path)
+        assert result["complete"]
+        if result["settings"]["target"]["dtype"] == "float32":
+            falcon = result["summary"]["falcon"]
+            assert falcon["identical"] == falcon["compared"] > 0
+
+
+def test_ci_finds_the_test_command():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    command = re.search(r"<!-- test command -->\n```bash\n(.*)\n```", readme)
+    assert command is not None
+    assert command[1].endswith("pytest -m 'not slow'")
