@@ -62,7 +62,8 @@ class Tally:
             f"{prefix}_smooth_l1": smooth / positions,
             f"{prefix}_kl": kl / positions,
             f"{prefix}_ce": ce / positions,
-            f"{prefix}_tau": tokens / rounds,
+            f"{prefix}_tau": max(tokens - rounds, 0.0) / rounds,
+            f"{prefix}_tau_with_bonus": tokens / rounds,
         }
         for number, places in enumerate(self.counts().tolist(), start=1):
             for place, (count, *hits) in enumerate(places, start=1):

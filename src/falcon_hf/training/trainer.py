@@ -304,7 +304,7 @@ class FalconTrainer(Trainer):
     ) -> dict[str, float]:
         """Losses, top-1/3/10 of every block position and pass, and the simulated acceptance length (``tau``).
 
-        The text's own tokens are the answers; ``tau`` counts the token that each round adds itself.
+        The text's own tokens are the answers. ``tau`` counts accepted drafts a round, ``tau_with_bonus`` all tokens.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, dict):
