@@ -76,7 +76,8 @@ class FalconCandidateGenerator:
     def append(self, features: torch.Tensor, tokens: torch.Tensor) -> None:
         """Tell the drafter of committed pairs: ``[1, S, H]`` features f_i and ``[1, S]`` tokens t_{i+1}."""
         embeddings = input_embeddings(self.target, tokens)
-        self._append(features.to(self._device, self._dtype), embeddings.to(self._device, self._dtype))
+        features = self.drafter.combine(features.to(self._device, self._dtype))
+        self._append(features, embeddings.to(self._device, self._dtype))
 
     def _append(self, features: torch.Tensor, embeddings: torch.Tensor) -> None:
         if features.shape[1] == 0:

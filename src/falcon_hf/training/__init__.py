@@ -1,1 +1,1 @@
-"""Training of drafters: text as the target writes it, features, Coupled Sequential Glancing Distillation, a trainer."""
+"""Making drafters: distilled text, features, CSGD, losses, and a ``transformers.Trainer`` for them."""
