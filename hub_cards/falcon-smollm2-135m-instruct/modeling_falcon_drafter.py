@@ -204,6 +204,11 @@ class FalconDrafter(PreTrainedModel):
         self.feature_fusion = (
             None if layers is None else nn.Linear(len(layers) * config.hidden_size, config.hidden_size, bias=False)
         )
+        if layers is not None:
+            # Inner states have channels a hundred times the others' size: each is brought to mean 0 and deviation 1.
+            earlier = (len(layers) - 1) * config.hidden_size
+            self.register_buffer("feature_mean", torch.zeros(earlier))
+            self.register_buffer("feature_scale", torch.ones(earlier))
         self.fusion = FalconFusion(config)
         self.layers = nn.ModuleList(FalconDecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.rotary = LlamaRotaryEmbedding(config)
@@ -353,7 +358,18 @@ class FalconDrafter(PreTrainedModel):
 
         W is H, or H times the number of ``config.feature_layers``, whose states lie side by side.
         """
-        return features if self.feature_fusion is None else self.feature_fusion(features)
+        if self.feature_fusion is None:
+            return features
+        earlier, last = features.split((self.feature_mean.shape[0], self.config.hidden_size), dim=-1)
+        earlier = (earlier - self.feature_mean) * self.feature_scale
+        return self.feature_fusion(torch.cat((earlier.to(last.dtype), last), dim=-1))
+
+    @torch.no_grad()
+    def standardise(self, sample: torch.Tensor) -> None:
+        """Note mean and deviation of the channels of a sample ``[n, W]`` of features, the last layer's apart."""
+        earlier = sample[:, : self.feature_mean.shape[0]].float()
+        self.feature_mean.copy_(earlier.mean(0))
+        self.feature_scale.copy_(1 / earlier.std(0).clamp_min(1e-6))
 
     def logits(self, features: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         """``[..., H]`` features -> ``[..., draft vocabulary]`` through the target's head rows (see [`draft_head`])."""

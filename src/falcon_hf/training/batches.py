@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,11 +15,17 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, Sampler
 
 from .dataset import TrainingData
-from .features import FeatureCache
 from .row_draws import mix
 
 # Batches whose rows are sorted by length together: enough for little padding, few enough to stay random.
 _SORTED_TOGETHER = 16
+
+
+class Features(Protocol):
+    """Features of dialogues by number: a cache, or those that came with the text."""
+
+    def rows(self, dialogue: int) -> torch.Tensor:
+        """``[n, W]``, the features of a dialogue's n tokens."""
 
 
 class DialogueDataset(Dataset[dict[str, Any]]):
@@ -31,7 +37,7 @@ class DialogueDataset(Dataset[dict[str, Any]]):
         first: the cache's number of the first dialogue.
     """
 
-    def __init__(self, data: TrainingData, features: FeatureCache | None = None, first: int = 0) -> None:
+    def __init__(self, data: TrainingData, features: Features | None = None, first: int = 0) -> None:
         self.data = data
         self.features = features
         self._first = first

@@ -26,6 +26,7 @@ from .allocator import keep_freed_memory
 from .arguments import FalconTrainingArguments
 from .batches import DialogueDataset
 from .dataset import TrainingData, load_training_data, split
+from .distilled_features import DistilledFeatures, find_distilled_features
 from .draft_vocabulary import choose_draft_vocabulary, coverage
 from .errors import TrainingError
 from .features import (
@@ -227,6 +228,8 @@ def make_drafter(
         raise TrainingError(f"No such drafter: {error}") from error
     drafter = FalconDrafter(config)
     near_identity_start(drafter, feature_size, embedding_size)
+    if config.feature_layers is not None:
+        drafter.standardise(_sample_features(target, train, config.feature_layers))
     say(
         f"drafter of {drafter.num_parameters():,} parameters, k = {config.block_size}, {config.fusion} fusion, "
         f"embeddings times {scale:g} (features are of size {feature_size:.3g}, embeddings {embedding_size:.3g})"
@@ -260,11 +263,15 @@ def _features(
     feature_layers: list[int] | None,
     say: Report,
     progress: Progress | None,
-) -> FeatureCache | None:
-    """The feature cache, or None for features on the fly."""
+) -> FeatureCache | DistilledFeatures | None:
+    """The features that the data came with, else the cache, or None for features on the fly."""
     if plan.features == "live":
         say("features are computed on the fly")
         return None
+    distilled = find_distilled_features(plan.data, target, data, feature_layers)
+    if distilled is not None:
+        say(f"features come with the text in {plan.data}")
+        return distilled
     key = cache_key(target, data, plan.max_length, feature_layers)
     folder = plan.cache or default_cache_folder(key)
     size = estimate_bytes(len(data.tokens), feature_width(target, feature_layers))
@@ -278,14 +285,22 @@ def _features(
 
 def _typical_sizes(target: PreTrainedModel, data: TrainingData) -> tuple[float, float]:
     """Standard deviations of features and embeddings over the first dialogues."""
-    features, embeddings = [], []
-    for row in range(min(_SAMPLE_DIALOGUES, len(data))):
-        ids = torch.from_numpy(data.tokens[data.offsets[row] : data.offsets[row + 1]].astype(np.int64))[None]
-        ids = ids.to(target.device)
-        features.append(compute_features(target, ids, torch.ones_like(ids))[0])
-        with torch.no_grad():
-            embeddings.append(input_embeddings(target, ids)[0])
-    return typical_sizes(features, embeddings)
+    with torch.no_grad():
+        embeddings = [input_embeddings(target, ids)[0] for ids in _sample(target, data)]
+    return typical_sizes([_sample_features(target, data, None)], embeddings)
+
+
+def _sample(target: PreTrainedModel, data: TrainingData) -> list[torch.Tensor]:
+    """The first dialogues, ``[1, n]`` ids each, where the target is."""
+    rows = range(min(_SAMPLE_DIALOGUES, len(data)))
+    parts = [data.tokens[data.offsets[row] : data.offsets[row + 1]] for row in rows]
+    return [torch.from_numpy(part.astype(np.int64))[None].to(target.device) for part in parts]
+
+
+def _sample_features(target: PreTrainedModel, data: TrainingData, feature_layers: list[int] | None) -> torch.Tensor:
+    """``[n, W]`` features of the first dialogues."""
+    parts = [compute_features(target, ids, torch.ones_like(ids), feature_layers)[0] for ids in _sample(target, data)]
+    return torch.cat(parts)
 
 
 def _control_tokens(target: PreTrainedModel, tokenizer: Any) -> list[int]:
