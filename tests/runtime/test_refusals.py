@@ -62,7 +62,6 @@ def assert_refused(target: Any, drafter: Any, message: str, error: Any = ValueEr
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens .*drop one of the two"),
         ({"assistant_early_exit": 1}, "assistant_early_exit .*drop one of the two"),
         ({"assistant_tokenizer": object(), "tokenizer": object()}, "drop assistant_tokenizer"),
-        ({"return_dict_in_generate": True, "output_attentions": True}, "does not record attentions"),
     ],
     ids=str,
 )

@@ -56,8 +56,7 @@ def validate(
         The config for transformers' own checks, which refuse several sequences a prompt for any assistant.
 
     Raises:
-        ValueError: beam search and other modes, options that exclude a drafter, outputs that are not recorded, and
-            all of [`check_target`].
+        ValueError: beam search and other modes, options that exclude a drafter, and all of [`check_target`].
     """
     check_target(target, drafter.config)
     if generation_config.num_beams > 1:
@@ -74,8 +73,6 @@ def validate(
             raise ValueError(f"{option} and a Falcon drafter exclude each other ({why}): drop one of the two.")
     if generation_mode_kwargs.get("assistant_tokenizer") is not None:
         raise ValueError("A Falcon drafter shares the target's tokenizer: drop assistant_tokenizer.")
-    if generation_config.return_dict_in_generate and generation_config.output_attentions:
-        raise ValueError("Falcon does not record attentions for now: drop output_attentions or assistant_model.")
     if generation_config.use_cache is False:
         raise ValueError("Falcon needs a key-value cache: drop use_cache=False or assistant_model.")
     relaxed = copy.copy(generation_config)
@@ -140,7 +137,7 @@ def decode(
             with statistics.timed("verify"):
                 outputs = session.verify(tree, [row.budget for row in rows], generation_config)
             with statistics.timed("walk"):
-                paths = _walk(tree, outputs, rows)
+                paths = _walk(tree, outputs, rows, session)
                 stream.flush()
             with statistics.timed("cache"):
                 session.keep(paths, tree.size)
@@ -157,7 +154,7 @@ def decode(
     statistics.new_tokens = sum(row.new_tokens for row in rows)
     drafter.last_generation = statistics
     logger.debug("%s", statistics)
-    return gather_output(rows, generation_config, prompt_states, session.cache)
+    return gather_output(rows, generation_config, prompt_states, session.prompt_attentions, session.cache)
 
 
 def check_row_ends(rows: int, stopping_criteria: StoppingCriteriaList, generation_config: GenerationConfig) -> None:
@@ -202,7 +199,7 @@ def _draft(rows: list[Emission], generators: list[FalconCandidateGenerator]) -> 
     )
 
 
-def _walk(tree: DraftTree, outputs: Any, rows: list[Emission]) -> list[list[int]]:
+def _walk(tree: DraftTree, outputs: Any, rows: list[Emission], session: TargetSession) -> list[list[int]]:
     """Emit tokens along each row's tree; returns the visited nodes, root first, none for a row that had ended."""
     if rows[0].is_plain_greedy:
         nodes, tokens, visited = follow_greedy(tree, outputs.logits)
@@ -220,6 +217,8 @@ def _walk(tree: DraftTree, outputs: Any, rows: list[Emission]) -> list[list[int]
         def choose(node: int, index: int = index, row: Emission = row) -> tuple[torch.Tensor, torch.Tensor]:
             token = row.choose(outputs.logits[index : index + 1, node])
             row.record_hidden_states(outputs.hidden_states, node)
+            if row.attentions is not None:
+                row.attentions.append(session.attentions(tree, outputs, index, node))
             return token[0], row.commit(token)
 
         path, row.ended = follow(tree, index, choose)

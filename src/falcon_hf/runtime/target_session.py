@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, StaticLayer
 
+from .returned_attentions import PlainRows
 from .target_cache import fitting_cache
 from .tree import DraftTree
 
@@ -49,6 +50,10 @@ def layer_kinds(config: Any) -> list[str]:
     return ["full_attention"] * layers
 
 
+def _returns_attentions(generation_config: Any) -> bool:
+    return bool(generation_config.return_dict_in_generate and generation_config.output_attentions)
+
+
 class TargetSession:
     """The target during one call of ``generate()``.
 
@@ -56,6 +61,7 @@ class TargetSession:
         cache: the target's key-value cache, as ``generate()`` prepared it.
         prompt_features: one ``[1, F, H]`` a row, last hidden states of its last F prompt tokens, set by [`prefill`];
             fewer than the prompt has where it was prefilled in chunks or partly cached before.
+        prompt_attentions: the prefill's attentions as plain decoding returns them, or None where not asked for.
     """
 
     def __init__(self, target: PreTrainedModel, rows: int, slots: int, model_kwargs: dict[str, Any]) -> None:
@@ -80,7 +86,9 @@ class TargetSession:
             raise ValueError(
                 "Falcon needs a key-value cache; do not pass use_cache=False together with assistant_model."
             )
+        self._plain_rows = PlainRows(self.cache, self.config.num_hidden_layers)
         self.cache = fitting_cache(self.cache, rows, slots)
+        self._static = any(isinstance(layer, StaticLayer) for layer in self.cache.layers)
         self.model_kwargs = {**model_kwargs, self._cache_key: self.cache}
         self._extra = {name: value for name, value in model_kwargs.items() if name not in _OWN_KWARGS}
         for name, value in self._extra.items():
@@ -94,10 +102,13 @@ class TargetSession:
         """Run the prompt through the target, as ``generate()`` would; returns its outputs.
 
         Raises:
-            ValueError: if the cache cannot give up rejected drafts.
+            ValueError: if the cache cannot give up rejected drafts, or the target would return wrong attentions.
         """
         self.cache.activate_past_recording()
         kwargs = {**self.model_kwargs, "output_hidden_states": self._wanted_states(generation_config)}
+        kwargs.pop("output_attentions", None)
+        if _returns_attentions(generation_config):
+            kwargs["output_attentions"] = True
         outputs = self.target._prefill(input_ids, generation_config, kwargs)
         if not self.cache.is_croppable:
             raise ValueError(
@@ -106,6 +117,13 @@ class TargetSession:
             )
         # Sliding layers held everything for a rollback that a prefill never needs.
         self.cache.crop(0)
+        wanted = _returns_attentions(generation_config)
+        if wanted and outputs.attentions and self.target.config._attn_implementation != "eager":
+            raise ValueError(
+                f"{type(self.target).__name__} computes the attentions it returns with a mask made for another "
+                "implementation: call model.set_attn_implementation('eager') first, or drop output_attentions."
+            )
+        self.prompt_attentions = self._plain_rows.prompt(outputs.attentions) if wanted else None
         features = outputs.hidden_states[-1]
         self._note_slots(features.device)
         # Padding has no features worth drafting from. One sync, once.
@@ -161,11 +179,27 @@ class TargetSession:
             use_cache=True,
             output_hidden_states=self._wanted_states(generation_config),
             return_dict=True,
+            **({"output_attentions": True} if _returns_attentions(generation_config) else {}),
             **{self._cache_key: self.cache},
             **self._extra,
         )
-        self._node_positions = positions
         return outputs
+
+    def attentions(self, tree: DraftTree, outputs: Any, row: int, node: int) -> tuple[torch.Tensor, ...]:
+        """What the token chosen at ``node`` of ``row`` attended to, as plain decoding returns it: one tensor a layer.
+
+        To be asked before [`keep`]. One device sync.
+        """
+        text = self._valid[row].clone()
+        text[: self._prompt_slots] = True  # padding before the prompt has columns too, of zeros
+        path = tree.ancestors[row, node].to(text.device)
+        columns = torch.cat((text, path)).nonzero()[:, 0]
+        # Sliding layers hold the last slots only.
+        offsets = [self.length + tree.size - layer.shape[-1] for layer in outputs.attentions]
+        offsets = [0 if self._static else offset for offset in offsets]
+        return self._plain_rows.token(
+            outputs.attentions, row, node, [columns[columns >= offset] - offset for offset in offsets]
+        )
 
     def masks(self, ancestors: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
         """The 4D mask of a tree behind the cached slots, one a layer kind where the target wants a dict.
