@@ -164,15 +164,6 @@ def test_layers_with_sequential_state(drafter):
     assert_refused(model, drafter, "'linear_attention' layers, whose state is sequential")
 
 
-@pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3", "flex_attention"])
-def test_attention_without_tree_masks(target, drafter, attention):
-    """None of these can be loaded on every machine, so only the name is set."""
-    model = copy.deepcopy(target)
-    model.config._attn_implementation_internal = attention
-    assert model.config._attn_implementation == attention
-    assert_refused(model, drafter, rf"{attention}' takes no tree mask; call .*set_attn_implementation\('sdpa'\)")
-
-
 @pytest.mark.parametrize(
     ("tree", "message"),
     [([[0], [1, 0]], "not its parent"), ([[0], [0]], "twice"), ([[25]], "26 siblings")],

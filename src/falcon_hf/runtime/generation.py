@@ -24,6 +24,7 @@ from .emission import Emission
 from .outputs import StreamedRows, gather_output
 from .statistics import GenerationStatistics
 from .target import check_target
+from .target_attention import under_tree_attention
 from .target_session import TargetSession
 from .tree import DraftTree
 from .verification import follow, follow_greedy
@@ -80,6 +81,7 @@ def validate(
     return relaxed
 
 
+@under_tree_attention
 def decode(
     target: PreTrainedModel,
     drafter: FalconDrafter,

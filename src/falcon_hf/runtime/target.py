@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .configuration_falcon_drafter import FalconDrafterConfig
+from .target_attention import check_attention
 
 # Decoder-only families whose attention takes a 4D mask and explicit positions, so that a tree's logits are those of
 # its paths. Each is run by tests/runtime/test_families.py; others are refused until they are.
@@ -50,7 +51,6 @@ TREE_FAMILIES = frozenset(
         "starcoder2",
     ]
 )
-TREE_ATTENTIONS = ("eager", "sdpa")
 TREE_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
 _FINGERPRINT_SAMPLES = 32
@@ -125,12 +125,7 @@ def check_target(target: PreTrainedModel, config: FalconDrafterConfig) -> None:
             f"The drafter reads hidden states of width {config.hidden_size}, {name} has {text.hidden_size}. "
             f"Use a drafter trained for this target ({_trained_for(config)})."
         )
-    attention = target.config._attn_implementation
-    if attention not in TREE_ATTENTIONS:
-        raise ValueError(
-            f"Attention implementation {attention!r} takes no tree mask; call "
-            f"model.set_attn_implementation('sdpa') first (or 'eager')."
-        )
+    check_attention(target)
     prepare = getattr(target.prepare_inputs_for_generation, "__self__", target)
     if prepare is not target:
         raise ValueError(

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, StaticLayer
 
 from .returned_attentions import PlainRows
+from .target_attention import mask_for
 from .target_cache import fitting_cache
 from .tree import DraftTree
 
@@ -201,7 +202,7 @@ class TargetSession:
             outputs.attentions, row, node, [columns[columns >= offset] - offset for offset in offsets]
         )
 
-    def masks(self, ancestors: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
+    def masks(self, ancestors: torch.Tensor, positions: torch.Tensor) -> Any:
         """The 4D mask of a tree behind the cached slots, one a layer kind where the target wants a dict.
 
         Args:
@@ -209,9 +210,9 @@ class TargetSession:
             positions: ``[B, N]``, positions of the nodes.
 
         Returns:
-            ``[B, 1, N, width]``: bool, or additive in the target's dtype for eager attention, which adds it.
+            ``[B, 1, N, width]``, in the form that the target's attention takes (see [`mask_for`]).
         """
-        masks: dict[str, torch.Tensor] = {}
+        masks: dict[str, Any] = {}
         rows, nodes = positions.shape
         for kind in dict.fromkeys(self._kinds):
             width, offset = (int(size) for size in self.cache.get_mask_sizes(nodes, self._kinds.index(kind)))
@@ -224,12 +225,7 @@ class TargetSession:
                 keys[:, :held] = self._positions[:, offset:]
                 keys[:, held : held + nodes] = positions
                 visible &= self._in_reach(kind, keys[:, None], positions[:, :, None])
-            visible = visible[:, None]
-            if self.target.config._attn_implementation == "eager":
-                dtype = self.target.dtype
-                blocked = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-                visible = blocked.masked_fill(~visible, torch.finfo(dtype).min)
-            masks[kind] = visible
+            masks[kind] = mask_for(self.target, visible[:, None])
         return masks if getattr(self.config, "layer_types", None) is not None else masks[self._kinds[0]]
 
     def _in_reach(self, kind: str, keys: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
