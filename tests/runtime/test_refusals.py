@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    BloomConfig,
-    FalconConfig,
     GenerationConfig,
+    GPTNeoConfig,
     MambaConfig,
     T5Config,
     T5ForConditionalGeneration,
@@ -143,10 +142,9 @@ def test_encoder_decoder(drafter):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (BloomConfig(**_TINY, n_layer=1, n_head=4), "not been verified on the family 'bloom'"),
         (
-            FalconConfig(**_TINY, num_hidden_layers=1, num_attention_heads=4, alibi=True),
-            "not been verified on the family 'falcon'",
+            GPTNeoConfig(**_TINY, num_layers=1, attention_types=[[["global"], 1]], num_heads=4),
+            "on the family 'gpt_neo'",
         ),
         (MambaConfig(**_TINY, num_hidden_layers=1, state_size=4), "recurrent state that cannot be rolled back"),
     ],

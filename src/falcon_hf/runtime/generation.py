@@ -18,15 +18,16 @@ import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode, MaxLengthCriteria
 
-from .candidate_generator import FalconCandidateGenerator
+from .candidate_generator import FalconCandidateGenerator, tree_shape
 from .draws import Draws
 from .emission import Emission
 from .outputs import StreamedRows, gather_output
 from .statistics import GenerationStatistics
-from .target import check_target
+from .target import check_target, family
 from .target_attention import under_tree_attention
 from .target_session import TargetSession
 from .tree import DraftTree
+from .tree_shape import TreeShape, chain
 from .verification import follow, follow_greedy
 
 if TYPE_CHECKING:
@@ -75,7 +76,9 @@ def validate(
     if generation_mode_kwargs.get("assistant_tokenizer") is not None:
         raise ValueError("A Falcon drafter shares the target's tokenizer: drop assistant_tokenizer.")
     if generation_config.use_cache is False:
-        raise ValueError("Falcon needs a key-value cache: drop use_cache=False or assistant_model.")
+        raise ValueError(
+            "Falcon needs a key-value cache: drop use_cache=False (or pass use_cache=True) or drop assistant_model."
+        )
     relaxed = copy.copy(generation_config)
     relaxed.num_return_sequences = 1
     return relaxed
@@ -116,7 +119,7 @@ def decode(
             for row in range(input_ids.shape[0])
         ]
         stream = StreamedRows(streamer, rows, generation_config)
-        generators = FalconCandidateGenerator(drafter, target).for_rows(len(rows))
+        generators = FalconCandidateGenerator(drafter, target, chain_shape(drafter, target)).for_rows(len(rows))
         slots = generation_config.max_length + generators[0].shape.size
         session = TargetSession(target, len(rows), slots, model_kwargs)
         with statistics.timed("prefill"):
@@ -157,6 +160,12 @@ def decode(
     drafter.last_generation = statistics
     logger.debug("%s", statistics)
     return gather_output(rows, generation_config, prompt_states, session.prompt_attentions, session.cache)
+
+
+def chain_shape(drafter: FalconDrafter, target: PreTrainedModel) -> TreeShape | None:
+    """For a target that can only verify a chain, the likeliest path of the drafter's tree; None for other targets."""
+    support = family(target)
+    return chain(tree_shape(drafter).depth) if support is not None and support.drafts == "chain" else None
 
 
 def check_row_ends(rows: int, stopping_criteria: StoppingCriteriaList, generation_config: GenerationConfig) -> None:

@@ -15,10 +15,12 @@ import inspect
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, StaticLayer
 
 from .returned_attentions import PlainRows
+from .target import family
 from .target_attention import mask_for
 from .target_cache import fitting_cache
 from .tree import DraftTree
@@ -75,8 +77,8 @@ class TargetSession:
             model_kwargs: as ``generate()`` hands them to a decoding method.
 
         Raises:
-            ValueError: if there is no cache or none that fits, or a tensor among the keywords that verification could
-                not honour.
+            ValueError: if there is no cache or none that fits, a tensor among the keywords that verification could not
+                honour, or more rows than the family can have.
         """
         self.target = target
         self.rows = rows
@@ -98,6 +100,13 @@ class TargetSession:
                     f"Falcon cannot carry the model input {name!r} through a tree; drop it or assistant_model."
                 )
         self._kinds = layer_kinds(self.config)
+        support = family(target)
+        self._causal = support is not None and support.drafts == "chain"
+        if rows > 1 and support is not None and support.why_one_row:
+            raise ValueError(
+                f"Falcon cannot draft for several rows of {type(target).__name__} at once: {support.why_one_row}; "
+                "generate the rows one by one, or without assistant_model."
+            )
 
     def prefill(self, input_ids: torch.Tensor, generation_config: Any) -> Any:
         """Run the prompt through the target, as ``generate()`` would; returns its outputs.
@@ -175,8 +184,7 @@ class TargetSession:
         positions = self.next_position + tree.depths.to(device).minimum(deepest.clamp_min(0))
         outputs = self.target(
             input_ids=tree.tokens.to(device),
-            position_ids=positions,
-            attention_mask=self.masks(tree.ancestors.to(device), positions),
+            **self._places(tree.ancestors.to(device), positions),
             use_cache=True,
             output_hidden_states=self._wanted_states(generation_config),
             return_dict=True,
@@ -185,6 +193,20 @@ class TargetSession:
             **self._extra,
         )
         return outputs
+
+    def _places(self, ancestors: torch.Tensor, positions: torch.Tensor) -> dict[str, Any]:
+        """What tells the target where the nodes are: masks and positions, as for a tree in [`masks`].
+
+        A chain needs what plain decoding gives, a mask ``[B, L + N]`` of the slots, and positions where the target
+        takes any.
+        """
+        if not self._causal:
+            return {"position_ids": positions, "attention_mask": self.masks(ancestors, positions)}
+        mask = torch.cat((self._valid, torch.ones_like(positions, dtype=torch.bool)), dim=1).long()
+        if self._static:  # some build their biases from the mask, for all slots
+            mask = F.pad(mask, (0, int(self.cache.get_max_length()) - mask.shape[1]))
+        takes_positions = "position_ids" in inspect.signature(self.target.forward).parameters
+        return {"attention_mask": mask} | ({"position_ids": positions} if takes_positions else {})
 
     def attentions(self, tree: DraftTree, outputs: Any, row: int, node: int) -> tuple[torch.Tensor, ...]:
         """What the token chosen at ``node`` of ``row`` attended to, as plain decoding returns it: one tensor a layer.
