@@ -12,37 +12,38 @@ Device syncs per draft: none.
 
 from __future__ import annotations
 
-import copy
 import functools
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn import functional as F
 
-from .modeling_falcon_drafter import DrafterCache, FusionState
-from .target import head_weight, input_embeddings
+from .drafter_context import DrafterContext
+from .target import head_weight
 from .tree import DraftTree
 from .tree_shape import DraftPass, TreeShape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .modeling_falcon_drafter import FalconDrafter
+    from .modeling_falcon_drafter import FalconDrafter, FusionState
 
 
 class FalconCandidateGenerator:
-    """Drafts for one row of one call of ``generate()``; [`for_rows`] makes one for each row of a batch.
+    """Drafts for all rows of one call of ``generate()``.
 
     Args:
         drafter: the drafter; its weights are read, nothing is written to it.
         target: gives embeddings and head rows.
         shape: the static tree to fill; the config's by default, the paper's where the config has none.
+        rows: B.
 
     Raises:
         ValueError: if the tree asks for more candidates than the draft vocabulary has tokens.
     """
 
-    def __init__(self, drafter: FalconDrafter, target: PreTrainedModel, shape: TreeShape | None = None) -> None:
+    def __init__(
+        self, drafter: FalconDrafter, target: PreTrainedModel, shape: TreeShape | None = None, rows: int = 1
+    ) -> None:
         self.drafter = drafter
         self.target = target
         self.block_size = drafter.config.block_size
@@ -51,108 +52,66 @@ class FalconCandidateGenerator:
         drafted_over = drafter.config.draft_vocab_size or drafter.config.vocab_size
         if widest > drafted_over:
             raise ValueError(f"The tree has {widest} siblings, but the draft vocabulary only {drafted_over} tokens.")
-        self._device, self._dtype = drafter.device, drafter.dtype
-        self._head = drafter.draft_head(head_weight(target)).to(self._device, self._dtype)
-        self._forget()
+        self.context = DrafterContext(drafter, target, rows)
+        self._head = drafter.draft_head(head_weight(target)).to(drafter.device, drafter.dtype)
 
-    def for_rows(self, rows: int) -> list[FalconCandidateGenerator]:
-        """This generator and as many like it as make ``rows``, each with a context of its own; they share the head."""
-        others = [copy.copy(self) for _ in range(rows - 1)]
-        for other in others:
-            other._forget()
-        return [self, *others]
-
-    def _forget(self) -> None:
-        """Start a context: nothing but the start pairs."""
-        drafter = self.drafter
-        self._cache = DrafterCache(len(drafter.layers))
-        self._state: FusionState | None = None
-        self._columns = 0
-        # Fused pairs from the column the cache ends at, at least the last k of them.
-        self._recent = torch.empty(1, 0, drafter.config.hidden_size, device=self._device, dtype=self._dtype)
-        zeros = drafter.start_pairs(self._recent)
-        self._append(zeros, zeros)
-
-    def append(self, features: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Tell the drafter of committed pairs: ``[1, S, H]`` features f_i and ``[1, S]`` tokens t_{i+1}."""
-        embeddings = input_embeddings(self.target, tokens)
-        self._append(features.to(self._device, self._dtype), embeddings.to(self._device, self._dtype))
-
-    def _append(self, features: torch.Tensor, embeddings: torch.Tensor) -> None:
-        if features.shape[1] == 0:
-            return
-        fused, self._state = self.drafter.fusion(features, embeddings, self._state)
-        self._columns += fused.shape[1]
-        wanted = max(self.block_size, self._columns - self._cache.length)
-        self._recent = torch.cat((self._recent, fused), dim=1)[:, -wanted:]
+    def append(self, features: torch.Tensor, tokens: torch.Tensor, lengths: list[int] | None = None) -> None:
+        """Tell the drafter of committed pairs, see [`DrafterContext.append`]."""
+        self.context.append(features, tokens, lengths)
 
     def draft(self, root: torch.Tensor, max_depth: int) -> DraftTree:
-        """Draft a tree on the last committed token.
+        """Draft a tree a row on the last committed tokens.
 
         Args:
-            root: ``[1, 1]`` the last committed token; its pair must have been appended.
+            root: ``[B, 1]`` the last committed tokens; their pairs must have been appended.
             max_depth: no node deeper than this; the root alone below 1.
 
         Returns:
-            The tree, on the root's device.
+            The trees, on the root's device.
         """
         plan = self._plan(min(max_depth, self.shape.depth))
-        if plan is None or self._columns < self.block_size:
+        if plan is None or not self.context.is_ready:
             return DraftTree.root_only(root)
-        tokens = torch.empty(1, plan.shape.size, dtype=torch.long, device=self._device)
+        rows, device = root.shape[0], self.context.device
+        tokens = torch.empty(rows, plan.shape.size, dtype=torch.long, device=device)
         tokens[:, :1] = root
-        features, states = self._first_pass()
+        features, states = self.context.first_pass()
         for index, draft_pass in enumerate(plan.passes):
             if index > 0:
                 features, states = self._next_pass(draft_pass, tokens, features, states)
             tokens[:, draft_pass.first_node : draft_pass.end_node] = self._candidates(features, draft_pass)
-        self._cache.crop(self._columns)
+        self.context.forget_tree()
         device = root.device
-        return DraftTree(tokens.to(device), plan.parents.to(device), plan.depths.to(device), plan.ancestors.to(device))
+        return DraftTree(
+            tokens=tokens.to(device),
+            parents=plan.parents.to(device).expand(rows, -1),
+            depths=plan.depths.to(device).expand(rows, -1),
+            ancestors=plan.ancestors.to(device).expand(rows, -1, -1),
+        )
 
     def _plan(self, depth: int) -> _FilledShape | None:
         """The tree cut at ``depth``, with its index tensors; made once a depth."""
-        return _filled_shape(self.shape, depth, self.block_size, self._device) if depth >= 1 else None
-
-    def _first_pass(self) -> tuple[torch.Tensor, FusionState | None]:
-        """Query the last k committed pairs: ``[1, k, H]`` features and the state behind them."""
-        fused, k = self._recent, self.block_size
-        rows, start = fused.shape[1], self._columns - fused.shape[1]
-        self._cache.crop(start)  # the last k are written again, because their block is another one now
-        positions = torch.arange(start, self._columns, device=self._device)
-        # Blocks are counted back from the newest pair; block(j) <= block(i) is the relaxed causal mask. One layer needs
-        # only the queries' rows of it, more layers all new rows.
-        blocks = (torch.arange(self._columns, device=self._device) - self._columns) // k
-        mask = blocks <= blocks[-k if len(self.drafter.layers) == 1 else start :, None]
-        features = self.drafter.decode(fused, positions[None], mask[None, None], queries=k, cache=self._cache)
-        self._cache.advance(rows)
-        self._recent = fused[:, -k:]
-        return features, self._state
+        return _filled_shape(self.shape, depth, self.block_size, self.context.device) if depth >= 1 else None
 
     def _next_pass(
         self, draft_pass: DraftPass, tokens: torch.Tensor, features: torch.Tensor, states: FusionState | None
     ) -> tuple[torch.Tensor, FusionState | None]:
-        """Query the blocks that hang on the boundary nodes: ``[1, W * k, H]`` features and W states."""
-        k, blocks = self.block_size, draft_pass.parent_block.shape[0]
-        pairs = features[0, draft_pass.row_features].view(blocks, k, -1)
-        embeddings = input_embeddings(self.target, tokens[0, draft_pass.row_nodes]).to(pairs.device, pairs.dtype)
-        if states is not None:
-            states = (states[0][:, draft_pass.parent_block], states[1][:, draft_pass.parent_block])
-        fused, states = self.drafter.fusion(pairs, embeddings.view(blocks, k, -1), states)
-        fused = fused.reshape(1, blocks * k, -1)
-        mask = F.pad(draft_pass.visible, (self._columns, 0), value=True)
-        positions = self._columns + draft_pass.row_positions
-        features = self.drafter.decode(fused, positions[None], mask[None, None], cache=self._cache)
-        self._cache.advance(blocks * k)
-        return features, states
+        """Query the blocks that hang on the boundary nodes: ``[B, W * k, H]`` features and B * W states."""
+        return self.context.tree_pass(
+            features[:, draft_pass.row_features],
+            tokens[:, draft_pass.row_nodes],
+            self.context.states_of(states, draft_pass.parent_block),
+            draft_pass.row_positions,
+            draft_pass.visible,
+        )
 
     def _candidates(self, features: torch.Tensor, draft_pass: DraftPass) -> torch.Tensor:
-        """Tokens ``[1, M]`` of the pass's nodes: the ranked candidates of their laws."""
-        logits = self.drafter.logits(features[0], self._head)  # [W * k, draft vocabulary]
+        """Tokens ``[B, M]`` of the pass's nodes: the ranked candidates of their laws."""
+        logits = self.drafter.logits(features, self._head)  # [B, W * k, draft vocabulary]
         ranked = logits.topk(draft_pass.candidates, dim=-1).indices
-        chosen = ranked[draft_pass.source, draft_pass.rank]
+        chosen = ranked[:, draft_pass.source, draft_pass.rank]
         ids = self.drafter.draft_vocab_ids
-        return (chosen if ids is None else ids[chosen])[None]
+        return chosen if ids is None else ids[chosen]
 
 
 @functools.lru_cache(maxsize=64)
