@@ -144,8 +144,8 @@ def another_blocks_states(monkeypatch):
 def changed_passes(monkeypatch, change):
     plain = FalconCandidateGenerator._plan
 
-    def plan(self, depth):
-        changed = copy.copy(plain(self, depth))
+    def plan(self, shape, depth):
+        changed = copy.copy(plain(self, shape, depth))
         changed.passes = [change(each) for each in changed.passes]
         return changed
 

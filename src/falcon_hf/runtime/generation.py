@@ -24,6 +24,7 @@ from .candidate_generator import FalconCandidateGenerator
 from .draws import Draws
 from .emission import Emission
 from .outputs import StreamedRows, gather_output
+from .rejection import SiblingDraws
 from .statistics import GenerationStatistics
 from .target import check_target
 from .target_session import TargetSession
@@ -120,6 +121,10 @@ def decode(
         ]
         stream = StreamedRows(streamer, rows, generation_config)
         generator = FalconCandidateGenerator(drafter, target, rows=len(rows))
+        draws_siblings = drafter.config.verifier == "rejection" and generation_config.do_sample
+        siblings = SiblingDraws(generation_config.temperature or 1.0, drafter.device) if draws_siblings else None
+        if siblings is not None:
+            generator.draw_siblings(siblings)
         slots = generation_config.max_length + generator.shape.size
         session = TargetSession(target, len(rows), slots, model_kwargs)
         with statistics.timed("prefill"):
@@ -140,7 +145,7 @@ def decode(
             with statistics.timed("verify"):
                 outputs = session.verify(tree, [row.budget for row in rows], generation_config)
             with statistics.timed("walk"):
-                paths = _walk(tree, outputs, rows)
+                paths = _walk(tree, outputs, rows, siblings)
                 stream.flush()
             with statistics.timed("cache"):
                 session.keep(paths, tree.size)
@@ -212,7 +217,7 @@ def _draft(rows: list[Emission], generator: FalconCandidateGenerator) -> DraftTr
     return generator.draft(last[0] if len(rows) == 1 else torch.cat(last), deepest)
 
 
-def _walk(tree: DraftTree, outputs: Any, rows: list[Emission]) -> list[list[int]]:
+def _walk(tree: DraftTree, outputs: Any, rows: list[Emission], siblings: SiblingDraws | None) -> list[list[int]]:
     """Emit tokens along each row's tree; returns the visited nodes, root first, none for a row that had ended."""
     if rows[0].is_plain_greedy:
         nodes, tokens, visited = follow_greedy(tree, outputs.logits)
@@ -228,7 +233,8 @@ def _walk(tree: DraftTree, outputs: Any, rows: list[Emission]) -> list[list[int]
             continue
 
         def choose(node: int, index: int = index, row: Emission = row) -> tuple[torch.Tensor, torch.Tensor]:
-            token = row.choose(outputs.logits[index : index + 1, node])
+            logits = outputs.logits[index : index + 1, node]
+            token = row.choose(logits) if siblings is None else siblings.follow_node(row.law(logits), tree, index, node)
             row.record_hidden_states(outputs.hidden_states, node)
             return token[0], row.commit(token)
 
