@@ -62,12 +62,19 @@ class TargetSession:
 
     Attributes:
         cache: the target's key-value cache, as ``generate()`` prepared it.
-        prompt_features: one ``[1, F, H]`` a row, last hidden states of its last F prompt tokens, set by [`prefill`];
+        prompt_features: one ``[1, F, W]`` a row, [`features`] of its last F prompt tokens, set by [`prefill`];
             fewer than the prompt has where it was prefilled in chunks or partly cached before.
         prompt_attentions: the prefill's attentions as plain decoding returns them, or None where not asked for.
     """
 
-    def __init__(self, target: PreTrainedModel, rows: int, slots: int, model_kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        rows: int,
+        slots: int,
+        model_kwargs: dict[str, Any],
+        feature_layers: list[int] | None = None,
+    ) -> None:
         """Take over the target for a batch of ``rows``; generates nothing.
 
         Args:
@@ -75,6 +82,7 @@ class TargetSession:
             rows: B.
             slots: what a static cache must hold: the longest text and one tree.
             model_kwargs: as ``generate()`` hands them to a decoding method.
+            feature_layers: hidden states that make a feature, side by side; the last alone by default.
 
         Raises:
             ValueError: if there is no cache or none that fits, a tensor among the keywords that verification could not
@@ -100,6 +108,7 @@ class TargetSession:
                     f"Falcon cannot carry the model input {name!r} through a tree; drop it or assistant_model."
                 )
         self._kinds = layer_kinds(self.config)
+        self._feature_layers = feature_layers
         support = family(target)
         self._causal = support is not None and support.drafts == "chain"
         if rows > 1 and support is not None and support.why_one_row:
@@ -134,7 +143,7 @@ class TargetSession:
                 "implementation: call model.set_attn_implementation('eager') first, or drop output_attentions."
             )
         self.prompt_attentions = self._plain_rows.prompt(outputs.attentions) if wanted else None
-        features = outputs.hidden_states[-1]
+        features = self.features(outputs)
         self._note_slots(features.device)
         # Padding has no features worth drafting from. One sync, once.
         self._filled: list[int] = self._valid.sum(-1).tolist()  # valid slots of each row
@@ -159,7 +168,15 @@ class TargetSession:
         The last state is number L of L layers; older transformers (5.17) count it L - 1.
         """
         layers = self.config.num_hidden_layers
-        return True if generation_config.output_hidden_states else [layers - 1, layers]
+        if generation_config.output_hidden_states or self._feature_layers is not None:
+            return True
+        return [layers - 1, layers]
+
+    def features(self, outputs: Any) -> torch.Tensor:
+        """``[B, S, W]``, what the drafter reads of a forward: the last hidden state, or several side by side."""
+        if self._feature_layers is None:
+            return outputs.hidden_states[-1]
+        return torch.cat([outputs.hidden_states[layer] for layer in self._feature_layers], dim=-1)
 
     @property
     def length(self) -> int:
