@@ -86,6 +86,8 @@ class FalconDrafterConfig(PreTrainedConfig):
         feature_layers: None for the last hidden state alone; otherwise the numbers of the target's hidden states (0 the
             embeddings, L the last of L layers) whose states, side by side, become a feature through one matrix. The
             last must be L, because the drafter estimates that one.
+        block_mixing: whether a pair's query also starts from its block's newest pair (see ``block_mixing.py``). Not in
+            the paper; it lifts the accuracy of every block position but the last.
         draft_vocab_size: None to draft over all V tokens; otherwise only over that many, whose ids the checkpoint
             keeps (``FalconDrafter.draft_vocab_ids``). Never changes what is generated, only what is proposed.
         logit_scale, logit_softcap: the target's head scaling, logits = cap * tanh(scale * (h W^T) / cap).
@@ -122,6 +124,7 @@ class FalconDrafterConfig(PreTrainedConfig):
     fusion_layers: int = 2
     embedding_scale: float = 1.0
     feature_layers: list[int] | None = None
+    block_mixing: bool = False
     draft_vocab_size: int | None = None
     logit_scale: float = 1.0
     logit_softcap: float | None = None
