@@ -63,6 +63,8 @@ class FalconTrainer(Trainer):
         self.loss_is_scaled_for_ga = False  # a mean over the batch: Trainer divides by the accumulation steps
         drafter: Any = model  # of a peft model, too, these are the drafter's
         self._config: Any = drafter.config
+        if hasattr(self._config, "use_cache"):
+            del self._config.use_cache  # Trainer's; our config has no such field, and would not load with it
         self._block_size: int = drafter.config.block_size
         self._target = target.requires_grad_(False).eval()
         device = args.device
