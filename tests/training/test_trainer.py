@@ -59,7 +59,7 @@ def train(drafter, target, text, folder, resume=None, features=None, **given):
         (3, "lstm", {}, {"first_pass_share": 0.25}),
         (4, "linear", {"draft_vocab_size": 16}, {"rollout_passes": 2, "rollout_start": 0.0, "glance_loss": "all"}),
         (2, "linear", {"num_hidden_layers": 2}, {"rollout_passes": 2, "rollout_start": 0.0}),
-        (2, "lstm_stateless", {}, {"glance_lambda": 0.0, "noise": 0.0, "learning_rate": 1e-2}),
+        (2, "lstm_stateless", {}, {"glance_lambda": 0.0, "noise": 0.0, "max_steps": 70}),
     ],
 )
 def test_it_learns(tiny_target, tiny_drafter, tiny_text, tmp_path, block_size, fusion, config, given):
@@ -85,7 +85,7 @@ def test_it_learns(tiny_target, tiny_drafter, tiny_text, tmp_path, block_size, f
     assert ("glanced" in noted) == (given.get("glance_lambda", 0.4) > 0)
 
 
-class Killed(RuntimeError):
+class KilledError(RuntimeError):
     pass
 
 
@@ -97,7 +97,7 @@ class KillAt(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **_):
         if state.global_step == self._step:
-            raise Killed
+            raise KilledError
 
 
 @pytest.mark.parametrize("killed_at", [4, 7])
@@ -120,7 +120,7 @@ def test_killed_and_resumed_is_the_same_curve(tiny_target, tiny_drafter, tiny_te
         DialogueDataset(tiny_text),
         callbacks=[KillAt(killed_at)],
     )
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         broken.train()
     torch.manual_seed(99)  # nothing may hang on the global generator
     resumed = train(fresh(tiny_drafter, target, seed=8), target, tiny_text, tmp_path / "broken", resume=True, **given)

@@ -53,7 +53,8 @@ class TrainingProgress(TrainerCallback):
 
 def evaluation_lines(logs: dict[str, Any], prefix: str = "eval") -> list[str]:
     """An evaluation as lines: loss and acceptance length, then the accuracies of each pass."""
-    lines = [f"held out: loss {logs[f'{prefix}_loss']:.4f}, {logs[f'{prefix}_tau_with_bonus']:.3f} tokens a round (simulated)"]
+    tau = logs[f"{prefix}_tau_with_bonus"]
+    lines = [f"held out: loss {logs[f'{prefix}_loss']:.4f}, {tau:.3f} tokens a round (simulated)"]
     number = 1
     while f"{prefix}_pass{number}_position1_top1" in logs:
         places, place = [], 1
