@@ -26,7 +26,9 @@ drafter = make_tiny_drafter(target, 2, "linear", tree=[[0], [0, 0], [0, 0, 0]])
 args = FalconTrainingArguments(
     output_dir=folder, max_steps=6, per_device_train_batch_size=rows, per_device_eval_batch_size=rows,
     learning_rate=3e-3, warmup_steps=1, logging_steps=1, save_strategy="no", report_to="none", use_cpu=True,
-    disable_tqdm=True, ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None, rollout_passes=2, rollout_start=0.0, rollout_share=1.0,
+    disable_tqdm=True,
+    ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
+    rollout_passes=2, rollout_start=0.0, rollout_share=1.0,
     first_pass_share=share, seed=int(sys.argv[4]),
 )
 text = make_text(target, 32)
