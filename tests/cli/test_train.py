@@ -48,11 +48,17 @@ def test_a_drafter_from_one_command(run, repos, text, tmp_path):
     drafter = FalconDrafter.from_pretrained(tmp_path)
     assert drafter.config.block_size == 3
     assert drafter.config.intermediate_size == 32
-    assert drafter.config.tree == [[0], [0, 0], [1]]
+    assert drafter.config.tree == [[0], [1], [0, 0]]
     recipe = json.loads((tmp_path / "recipe.json").read_text())
     assert recipe["arguments"]["rollout_weight"] == 0.5
     assert recipe["machine"]["threads"] == 1
-    again = run(*command(repos, text, tmp_path, "--steps", 9, "--resume"))
+    shape = ("--block-size", 3, "--config", "intermediate_size=32")
+    other = run(*command(repos, text, tmp_path, "--steps", 9, "--resume"))
+    assert other.exit_code == 2
+    assert "another training" in other.stderr
+    assert "block_size" in other.stderr
+    assert "intermediate_size" in other.stderr
+    again = run(*command(repos, text, tmp_path, "--steps", 9, "--resume", *shape))
     assert again.exit_code == 0, again.output
     assert "step 9/9" in again.stderr
     assert "step 6/9" not in again.stderr

@@ -73,17 +73,20 @@ def feature_bar(console: Console) -> Iterator[Callable[[int, int], None]]:
     columns = (TextColumn("features"), BarColumn(), TextColumn("{task.completed:,.0f} tokens"), TimeRemainingColumn())
     bar = Progress(*columns, console=console, transient=True)
     task: TaskID | None = None
+    stopped = False
 
     def update(done: int, whole: int) -> None:
-        nonlocal task
+        nonlocal task, stopped
         if task is None:
             bar.start()
             task = bar.add_task("features", total=whole)
         bar.update(task, completed=done)
         if done >= whole:
             bar.stop()
+            stopped = True
 
     try:
         yield update
     finally:
-        bar.stop()
+        if task is not None and not stopped:  # stopping one that never ran writes an empty line
+            bar.stop()
