@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from ..drafter_loading import load_drafter
+from ..drafter_loading import DrafterError, load_drafter
 from ..runtime.configuration_falcon_drafter import FalconDrafterConfig
 from ..runtime.modeling_falcon_drafter import FalconDrafter
 from ..runtime.target import input_embeddings
@@ -48,6 +48,11 @@ logger = logging.getLogger(__name__)
 FEATURE_MODES = ("auto", "cached", "live")
 SAVED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SAMPLE_DIALOGUES = 16
+# What the weights alone do not tell.
+_SHAPE = frozenset(
+    {"block_size", "fusion", "hidden_size", "intermediate_size", "num_hidden_layers", "draft_vocab_size"}
+    | {"embedding_scale", "feature_layers", "target_fingerprint"}
+)
 
 Report = Callable[[str], None]
 
@@ -157,7 +162,10 @@ def train_drafter(
     if callbacks:
         trainer.remove_callback(PrinterCallback)
     started = time.time()
-    trainer.train(resume_from_checkpoint=_last_checkpoint(Path(args.output_dir or "."), resume))
+    checkpoint = _last_checkpoint(Path(args.output_dir or "."), resume)
+    if trainer.is_world_process_zero():
+        _check_resume(Path(args.output_dir or "."), checkpoint, drafter, data.sha256())
+    trainer.train(resume_from_checkpoint=checkpoint)
     if len(held_out) and not _evaluated(trainer):
         trainer.evaluate()
     if trainer.is_world_process_zero():
@@ -207,7 +215,10 @@ def make_drafter(
     say = report or logger.info
     text = target.config.get_text_config()
     if plan.init_from is not None:
-        drafter = load_drafter(plan.init_from, torch.float32)
+        try:
+            drafter = load_drafter(plan.init_from, torch.float32)
+        except DrafterError as error:
+            raise TrainingError(str(error)) from error
         config = drafter.config
         if (config.vocab_size, config.hidden_size) != (text.vocab_size, text.hidden_size):
             raise TrainingError(
@@ -338,6 +349,28 @@ def _last_checkpoint(folder: Path, resume: bool) -> str | None:
     if found is not None and not resume:
         raise TrainingError(f"{found} is of an earlier training: resume it, or name another output folder.")
     return found
+
+
+def _check_resume(folder: Path, checkpoint: str | None, drafter: FalconDrafter, data: str) -> None:
+    """Note what is trained on what; on a resume, see that it is the same.
+
+    Raises:
+        TrainingError: another drafter or other text than the checkpoint's.
+    """
+    note = folder / "training.json"
+    shape = {name: value for name, value in drafter.config.to_dict().items() if name in _SHAPE}
+    now = json.loads(json.dumps({"data": data, **shape}))
+    if checkpoint is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(now), encoding="utf-8")
+        return
+    before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else now
+    changed = [name for name in now if before.get(name) != now[name]]
+    if changed:
+        raise TrainingError(
+            f"The checkpoint in {folder} is of another training: {', '.join(changed)} changed. Resume with the same "
+            "data and options, or name another output folder."
+        )
 
 
 def _evaluated(trainer: FalconTrainer) -> bool:
