@@ -11,6 +11,7 @@ from .runtime.candidate_generator import FalconCandidateGenerator
 from .runtime.configuration_falcon_drafter import FalconDrafterConfig
 from .runtime.generation import FalconGenerationMixin
 from .runtime.modeling_falcon_drafter import FalconDrafter
+from .runtime.repo_files import CodeStampWarning
 from .runtime.routing import install, uninstall
 from .runtime.statistics import GenerationStatistics
 from .runtime.target import TargetMismatchWarning
@@ -21,10 +22,9 @@ from .version import __version__
 # An installed falcon_hf loads drafters without remote code; save_pretrained writes the code beside the weights.
 AutoConfig.register(FalconDrafterConfig.model_type, FalconDrafterConfig, exist_ok=True)
 AutoModel.register(FalconDrafterConfig, FalconDrafter, exist_ok=True)
-FalconDrafterConfig.register_for_auto_class()
-FalconDrafter.register_for_auto_class("AutoModel")
 
 __all__ = [
+    "CodeStampWarning",
     "DraftTree",
     "FalconCandidateGenerator",
     "FalconDrafter",
