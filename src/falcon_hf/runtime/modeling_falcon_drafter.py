@@ -249,6 +249,8 @@ class FalconDrafter(PreTrainedModel):
         """
         upload = {name: kwargs.pop(name) for name in UPLOAD_OPTIONS if name in kwargs}
         self.config.code_stamp = code_stamp()
+        # There is no older format to go back to, and going back would give a loaded drafter's shards another order.
+        kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
             write_repo_files(self.config, Path(save_directory))

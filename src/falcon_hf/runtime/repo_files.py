@@ -78,7 +78,13 @@ def check_stamp(config: FalconDrafterConfig, source: str) -> None:
 
 
 def write_repo_files(config: FalconDrafterConfig, folder: Path) -> None:
-    """Write ``custom_generate/`` into ``folder``, and a first README.md where there is none."""
+    """Write ``custom_generate/`` into the just saved ``folder``, and a first README.md where there is none.
+
+    Weights of an earlier save in another form are removed: transformers would load a single file rather than shards.
+    """
+    forms = [path for path in (folder / "model.safetensors", folder / "model.safetensors.index.json") if path.exists()]
+    for stale in sorted(forms, key=lambda path: path.stat().st_mtime_ns)[:-1]:
+        stale.unlink()
     place = folder / CUSTOM_GENERATE
     place.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(inspect.getfile(generate), place / "generate.py")

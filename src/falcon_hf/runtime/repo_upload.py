@@ -16,6 +16,8 @@ UPLOAD_OPTIONS = (
     "create_pr",
     "tags",
 )
+# Of an earlier upload in one file or in shards; transformers would load a single file rather than newer shards.
+_STALE = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
 _IGNORED = ["__pycache__/*", "**/__pycache__/*", "*.pyc", ".git/*"]
 
 
@@ -68,5 +70,6 @@ def upload_repo(
         revision=revision,
         create_pr=create_pr,
         ignore_patterns=ignored,
+        delete_patterns=_STALE,
     )
     return str(commit.pr_url if create_pr else commit.commit_url)

@@ -72,11 +72,14 @@ def fingerprint(target: PreTrainedModel) -> list[float] | None:
     None where the weights are not at hand (meta device, offloaded).
     """
     weight = target.get_input_embeddings().weight
-    if weight.device.type == "meta":
-        return None
-    rows = torch.linspace(0, weight.shape[0] - 1, _FINGERPRINT_SAMPLES).long()
-    columns = (torch.arange(_FINGERPRINT_SAMPLES) * 37) % weight.shape[1]
-    samples = weight.detach()[rows.to(weight.device), columns.to(weight.device)].float().tolist()
+    return None if weight.device.type == "meta" else fingerprint_of(weight)
+
+
+def fingerprint_of(embedding: torch.Tensor) -> list[float]:
+    """[`fingerprint`] of an input embedding's weight ``[V, H]``."""
+    rows = torch.linspace(0, embedding.shape[0] - 1, _FINGERPRINT_SAMPLES).long()
+    columns = (torch.arange(_FINGERPRINT_SAMPLES) * 37) % embedding.shape[1]
+    samples = embedding.detach()[rows.to(embedding.device), columns.to(embedding.device)].float().tolist()
     return [float(f"{sample:.4g}") for sample in samples]
 
 
