@@ -7,6 +7,7 @@ Unrelated to transformers' own model family "falcon" (TII's).
 from transformers import AutoConfig, AutoModel
 
 from .demo_target import load_demo_target
+from .hub.find import find_drafter
 from .runtime.candidate_generator import FalconCandidateGenerator
 from .runtime.configuration_falcon_drafter import FalconDrafterConfig
 from .runtime.generation import FalconGenerationMixin
@@ -34,6 +35,7 @@ __all__ = [
     "TargetMismatchWarning",
     "TreeShape",
     "__version__",
+    "find_drafter",
     "install",
     "load_demo_target",
     "uninstall",

@@ -33,7 +33,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError("it is not a Falcon drafter: it has no config.json; give the folder that save_pretrained wrote.")
+        raise ValueError(
+            "it is not a Falcon drafter: it has no config.json; give the folder that save_pretrained wrote."
+        )
     settings = _read_json(path)
     check_kind(settings)
     return settings
@@ -107,7 +109,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _check_python(path: Path) -> None:
     """The code file is there and can be compiled; it is not run."""
     if not path.is_file():
-        raise ValueError(f"its code lacks {path.name}, which config.json names: {_AGAIN}, or leave trust_remote_code out.")
+        raise ValueError(
+            f"its code lacks {path.name}, which config.json names: {_AGAIN}, or leave trust_remote_code out."
+        )
     try:
         compile(path.read_bytes(), str(path), "exec")
     except (SyntaxError, ValueError) as error:
@@ -131,7 +135,9 @@ def _weight_files(folder: Path) -> list[Path]:
     files = []
     for name in sorted(set(map(str, names.values()))):
         if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
-            raise ValueError(f"its {INDEX} names {name!r}, which is no safetensors file of its own folder: do not use it.")
+            raise ValueError(
+                f"its {INDEX} names {name!r}, which is no safetensors file of its own folder: do not use it."
+            )
         if not (folder / name).is_file():
             raise ValueError(f"it lacks the weight file {name}: {_AGAIN}.")
         files.append(folder / name)

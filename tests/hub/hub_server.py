@@ -102,7 +102,9 @@ class Handler(BaseHTTPRequestHandler):
                         return answer(self, **found)
                 raise HubError(404, "", f"no route for {self.command} {url.path}")
             except HubError as error:
-                self.send({"error": str(error)}, error.status, {"X-Error-Code": error.code, "X-Error-Message": str(error)})
+                self.send(
+                    {"error": str(error)}, error.status, {"X-Error-Code": error.code, "X-Error-Message": str(error)}
+                )
 
     do_GET = do_POST = do_PUT = do_HEAD = do_DELETE = serve
 
@@ -146,7 +148,9 @@ class Handler(BaseHTTPRequestHandler):
         if name in self.server.repos:
             return self.send(answer | {"error": "You already created this model repo"}, 409)
         self.server.repos[name] = Repo()
-        self.server.repos[name].commit("main", {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"})
+        self.server.repos[name].commit(
+            "main", {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"}
+        )
         self.send(answer)
 
     def branch(self, repo: str, revision: str) -> None:
@@ -160,7 +164,9 @@ class Handler(BaseHTTPRequestHandler):
     def validate_yaml(self) -> None:
         text = json.loads(self.body)["content"]
         front = re.match(r"---\n(.*?)\n---", text, flags=re.DOTALL)
-        self.send({"errors": [], "warnings": [] if front and yaml.safe_load(front[1]) else [{"message": "no metadata"}]})
+        self.send(
+            {"errors": [], "warnings": [] if front and yaml.safe_load(front[1]) else [{"message": "no metadata"}]}
+        )
 
     def preupload(self, repo: str, revision: str) -> None:
         self.need_token()
@@ -224,7 +230,10 @@ class Handler(BaseHTTPRequestHandler):
         card = yaml.safe_load(front[1]) if front else {}
         tags = [*card.get("tags", [])]
         if card.get("base_model"):  # as the Hub does
-            tags += [f"base_model:{card['base_model']}", f"base_model:{card.get('base_model_relation')}:{card['base_model']}"]
+            tags += [
+                f"base_model:{card['base_model']}",
+                f"base_model:{card.get('base_model_relation')}:{card['base_model']}",
+            ]
         siblings = [{"rfilename": path} for path in sorted(files)]
         return {
             "_id": oid, "id": repo, "modelId": repo, "sha": oid, "private": False, "tags": tags, "siblings": siblings,

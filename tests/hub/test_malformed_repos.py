@@ -70,7 +70,9 @@ def truncate(folder):
 
 
 def index(**weight_map):
-    return both(remove("model.safetensors"), write("model.safetensors.index.json", json.dumps({"weight_map": weight_map})))
+    return both(
+        remove("model.safetensors"), write("model.safetensors.index.json", json.dumps({"weight_map": weight_map}))
+    )
 
 
 class Bomb:
@@ -156,7 +158,9 @@ def repo(good, tmp_path, monkeypatch):
     shutil.copytree(good, tmp_path / "drafter")
     for path in (tmp_path / "drafter").glob("*.py"):
         text = path.read_text()
-        path.write_text(text.replace("from __future__ import annotations\n", f"from __future__ import annotations\n{CANARY}"))
+        path.write_text(
+            text.replace("from __future__ import annotations\n", f"from __future__ import annotations\n{CANARY}")
+        )
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     return tmp_path / "drafter"
@@ -164,7 +168,9 @@ def repo(good, tmp_path, monkeypatch):
 
 def tree(folder):
     return {
-        str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(folder.rglob("*")) if path.is_file()
+        str(path): (path.stat().st_mtime_ns, path.stat().st_size)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
     }
 
 

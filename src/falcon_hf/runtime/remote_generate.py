@@ -56,7 +56,9 @@ def _load_drafter(model: Any, hub: dict[str, Any]) -> Any:
     if commit is not None:
         hub["revision"] = commit  # weights of the very revision this code is from
     folder = Path(repo)
-    times = tuple(sorted((path.name, path.stat().st_mtime_ns) for path in folder.glob("*.*"))) if folder.is_dir() else ()
+    times = (
+        tuple(sorted((path.name, path.stat().st_mtime_ns) for path in folder.glob("*.*"))) if folder.is_dir() else ()
+    )
     key = (repo, hub.get("revision"), times, model.dtype, model.device)
     if key not in _drafters:
         drafter = AutoModel.from_pretrained(repo, trust_remote_code=True, dtype=model.dtype, **hub)

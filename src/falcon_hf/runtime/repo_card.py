@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -64,16 +63,18 @@ def is_repo_id(name: str | None) -> bool:
 
 def describe(config: FalconDrafterConfig) -> str:
     """One sentence: block size, fusion, layers, draft vocabulary."""
-    fusion = {"lstm": "LSTM fusion", "lstm_stateless": "stateless LSTM fusion", "linear": "linear fusion"}[config.fusion]
+    fusion = {"lstm": "LSTM fusion", "lstm_stateless": "stateless LSTM fusion", "linear": "linear fusion"}[
+        config.fusion
+    ]
     layers = f"{config.num_hidden_layers} decoder layer{'s' if config.num_hidden_layers > 1 else ''}"
     words = "the whole vocabulary" if config.draft_vocab_size is None else f"{config.draft_vocab_size:,} tokens"
     return f"Block size k = {config.block_size}, {fusion}, {layers}, drafting over {words}."
 
 
-def write_first_card(config: FalconDrafterConfig, folder: Path) -> None:
-    """Write ``folder/README.md`` from the config."""
-    target = config.target_name_or_path or "the target"
-    text = (
+def first_card(config: FalconDrafterConfig) -> str:
+    """The card's text, from the config alone."""
+    target = config.target_name_or_path or "your/target"
+    return (
         f"---\n{ModelCardData(**card_fields(config)).to_yaml()}\n---\n\n"
         f"# Falcon drafter for {target.rsplit('/', 1)[-1]}\n\n"
         f"Makes `{target}` generate faster without changing its text: Falcon speculative decoding "
@@ -81,4 +82,3 @@ def write_first_card(config: FalconDrafterConfig, folder: Path) -> None:
         "Not related to TII's Falcon models.\n\n"
         f"## Use\n\n{USE.format(target=target)}\n"
     )
-    ModelCard(text).save(folder / "README.md")

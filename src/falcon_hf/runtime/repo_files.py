@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .remote_generate import generate
-from .repo_card import write_first_card
+from .repo_card import first_card
 
 if TYPE_CHECKING:
     from .configuration_falcon_drafter import FalconDrafterConfig
@@ -90,4 +90,4 @@ def write_repo_files(config: FalconDrafterConfig, folder: Path) -> None:
     shutil.copyfile(inspect.getfile(generate), place / "generate.py")
     (place / "requirements.txt").write_text(REQUIREMENTS, encoding="utf-8")
     if not (folder / "README.md").exists():
-        write_first_card(config, folder)
+        (folder / "README.md").write_text(first_card(config), encoding="utf-8")

@@ -55,7 +55,7 @@ TREE_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attenti
 
 _FINGERPRINT_SAMPLES = 32
 # Far above rounding (bfloat16: 0.002) and fine-tuning, far below another model's weights (about 1.4).
-_FINGERPRINT_TOLERANCE = 0.1
+FINGERPRINT_TOLERANCE = 0.1
 
 
 class TargetMismatchWarning(UserWarning):
@@ -151,7 +151,7 @@ def _check_fingerprint(target: PreTrainedModel, config: FalconDrafterConfig) -> 
     if config.target_fingerprint is None:
         return
     own = fingerprint(target)
-    if own is not None and fingerprint_distance(own, config.target_fingerprint) > _FINGERPRINT_TOLERANCE:
+    if own is not None and fingerprint_distance(own, config.target_fingerprint) > FINGERPRINT_TOLERANCE:
         warnings.warn(
             f"The drafter was trained for another target ({_trained_for(config)}), not for "
             f"{target.config._name_or_path or type(target).__name__!r}. The text will be right, but hardly faster.",
