@@ -161,13 +161,14 @@ def _compare(shapes: Shapes, config: FalconDrafterConfig) -> None:
     missing = sorted(wanted.keys() - shapes.keys())
     if missing:
         raise ValueError(
-            f"its weights are incomplete: {', '.join(missing[:3])} ({len(missing)} in all) missing; {_AGAIN}, or correct "
-            "config.json."
+            f"its weights are incomplete: {', '.join(missing[:3])} ({len(missing)} in all) missing; {_AGAIN}, or "
+            "correct config.json."
         )
     for name, shape in wanted.items():
         if shapes[name] != shape:
             raise ValueError(
-                f"its weight {name} has shape {shapes[name]}, its config wants {shape}: {_AGAIN}, or correct config.json."
+                f"its weight {name} has shape {shapes[name]}, its config wants {shape}: {_AGAIN}, or correct "
+                "config.json."
             )
 
 

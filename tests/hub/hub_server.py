@@ -106,7 +106,7 @@ class Handler(BaseHTTPRequestHandler):
                     {"error": str(error)}, error.status, {"X-Error-Code": error.code, "X-Error-Message": str(error)}
                 )
 
-    do_GET = do_POST = do_PUT = do_HEAD = do_DELETE = serve
+    do_GET = do_POST = do_PUT = do_HEAD = do_DELETE = serve  # noqa: N815
 
     def send(self, content: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
         body = content if isinstance(content, bytes) else json.dumps(content).encode()

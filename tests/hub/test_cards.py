@@ -102,8 +102,8 @@ def test_a_card_without_recipe_or_results_says_so():
     data = ModelCard(text).data
     assert data.base_model == "some-org/some-model"
     assert data.eval_results is None
-    for words in ("Not measured yet", "No recipe was kept", "What the training used is not known", "1.2 million, 32 bits",
-                  "the paper's tree", "Block size k = 3, LSTM fusion"):  # fmt: skip
+    for words in ("Not measured yet", "No recipe was kept", "What the training used is not known",
+                  "1.2 million, 32 bits", "the paper's tree", "Block size k = 3, LSTM fusion"):  # fmt: skip
         assert words in text
     assert "agreement table" not in text
 
@@ -120,7 +120,8 @@ def test_a_recipe_as_training_writes_it():
         "card": {"license": "mit", "language": "en", "datasets": ["some/data"], "training": [["One", "paragraph."]]},
     }
     text = build_card(small_source(recipe=recipe))
-    for words in ("| dialogues | 1,234 |", "| steps | 4,222 |", "| duration | 2.0 hours |", "| held out: top1 | 0.426 |",
+    for words in ("| dialogues | 1,234 |", "| steps | 4,222 |", "| duration | 2.0 hours |",
+                  "| held out: top1 | 0.426 |",
                   "One\nparagraph.", "Training took 2.0 hours on A CPU, cpu; emissions were not measured",
                   "| `learning_rate` | `0.001` |"):  # fmt: skip
         assert words in text

@@ -45,7 +45,8 @@ def test_it_holds_all_that_is_needed(drafter, tmp_path):
     code = {path.name for path in code_files()}
     assert "modeling_falcon_drafter.py" in code
     assert set(files) == code | {
-        "config.json", "model.safetensors", "README.md", "custom_generate/generate.py", "custom_generate/requirements.txt",
+        "config.json", "model.safetensors", "README.md",
+        "custom_generate/generate.py", "custom_generate/requirements.txt",
     }  # fmt: skip
     assert files["custom_generate/generate.py"] == files["remote_generate.py"]
     config = json.loads(files["config.json"])

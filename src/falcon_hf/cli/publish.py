@@ -40,6 +40,8 @@ def publish(
     if check and repo is not None:
         fail("--check uploads nothing: leave the repo out.")
     try:
+        if repo is not None:
+            publishing.check_name(repo)
         with quiet():
             differs = publishing.prepare(folder, render_results, check=check, overwrite=overwrite_card)
             if check:

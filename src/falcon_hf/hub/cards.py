@@ -61,8 +61,8 @@ _TEMPLATE = """---
 
 {{ citation }}
 """
-_CITATION = """Gao, X., Xie, W., Xiang, Y., Ji, F.: Falcon: Faster and Parallel Inference of Large Language Models through Enhanced
-Semi-Autoregressive Drafting and Custom-Designed Decoding Tree. AAAI 2025. arXiv 2412.12639."""
+_CITATION = """Gao, X., Xie, W., Xiang, Y., Ji, F.: Falcon: Faster and Parallel Inference of Large Language Models
+through Enhanced Semi-Autoregressive Drafting and Custom-Designed Decoding Tree. AAAI 2025. arXiv 2412.12639."""
 
 
 @dataclass
@@ -290,8 +290,8 @@ def _impact(recipe: dict[str, Any]) -> str:
         else "What the training used is not known."
     )
     return (
-        "A drafter only proposes tokens; every token that comes out is the target's own choice. Biases, risks and unsafe "
-        f"outputs are therefore the target's: see its card.\n\n{used}"
+        "A drafter only proposes tokens; every token that comes out is the target's own choice. Biases, risks and "
+        f"unsafe outputs are therefore the target's: see its card.\n\n{used}"
     )
 
 

@@ -68,9 +68,10 @@ def find_drafter(
             reached = "not asked: offline" if constants.is_offline_mode() else "or unreachable"
             looked += ["the Hub's cache on this machine", f"the Hub ({reached})"]
         name, _ = _identity(target)
+        places = ", ".join(looked) or "nothing: give folders, or hub=True"
         raise HubError(
-            f"No drafter for {name or type(target).__name__!r} in {', '.join(looked) or 'nothing: give folders, or hub=True'}. "
-            "Train one with falcon-hf train, or convert one with falcon-hf convert."
+            f"No drafter for {name or type(target).__name__!r} in {places}. Train one with falcon-hf train, or convert "
+            "one with falcon-hf convert."
         )
     best = min(found, key=lambda each: (each.distance is None, each.distance or 0.0))
     logger.info("Found the drafter %s (fingerprint distance %s).", best.source, best.distance)

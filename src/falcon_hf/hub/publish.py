@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub.utils import validate_repo_id
 
 from ..drafter_loading import DrafterError, load_drafter
 from ..runtime.modeling_falcon_drafter import FalconDrafter
@@ -64,6 +65,18 @@ def prepare(folder: Path, render: Render, check: bool = False, overwrite: bool =
     return text != old
 
 
+def check_name(repo_id: str) -> None:
+    """Refuse what cannot be the name of a Hub repo.
+
+    Raises:
+        HubError: naming the form.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise HubError(f"{repo_id!r} is no name of a Hub repo; give organisation/name.") from error
+
+
 def publish(folder: Path, repo_id: str, **options: Any) -> str:
     """Upload a prepared folder as the Hub repo ``repo_id``; options as in ``repo_upload.upload_repo``.
 
@@ -73,10 +86,9 @@ def publish(folder: Path, repo_id: str, **options: Any) -> str:
     Raises:
         HubError: if the Hub refuses it or cannot be reached.
     """
+    check_name(repo_id)
     try:
         return upload_repo(folder, repo_id, **options)
-    except HFValidationError as error:
-        raise HubError(f"{repo_id!r} is no name of a Hub repo; give organisation/name.") from error
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
         remedy = "log in with `hf auth login` or set HF_TOKEN, and ask for write access" if status in (401, 403) else ""
