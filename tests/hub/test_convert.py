@@ -150,7 +150,7 @@ class TestRefusals:
     def test_a_pickle_with_more_than_tensors(self, tmp_path):
         write(tmp_path, settings(2), weights("lstm"))
         with open(tmp_path / "pytorch_model.bin", "wb") as file:
-            pickle.dump({"lstm.weight_ih_l0": Bomb(tmp_path / "boom")}, file)
+            pickle.dump({"lstm.weight_ih_l0": Bomb(tmp_path / "boom")}, file, protocol=2)
         self.refused(tmp_path, "Nothing of it was run")
         torch.save({"lstm.weight_ih_l0": Bomb(tmp_path / "boom")}, tmp_path / "pytorch_model.bin")
         self.refused(tmp_path, "Nothing of it was run")
