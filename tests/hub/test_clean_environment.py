@@ -1,4 +1,4 @@
-"""The published drafter and the real target with nothing of ``falcon_hf``: both ways in give plain generation's text."""
+"""The published drafter and the real target without ``falcon_hf``: both ways in give plain generation's text."""
 
 from __future__ import annotations
 
