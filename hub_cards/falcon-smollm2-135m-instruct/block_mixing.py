@@ -30,7 +30,7 @@ class BlockMixing(nn.Module):
     @torch.no_grad()
     def reset(self, std: float) -> None:
         """Start near: a quarter of the own pair and three quarters of the newest."""
-        block_size, size, _ = self.weight.shape
+        size = self.weight.shape[1]
         nn.init.normal_(self.weight, std=std)
         identity = torch.eye(size, dtype=self.weight.dtype, device=self.weight.device)
         self.weight[:, :, :size] += 0.25 * identity

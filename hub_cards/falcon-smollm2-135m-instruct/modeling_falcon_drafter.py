@@ -19,6 +19,8 @@ Embedding and LM head are the target's; they are arguments here, never modules, 
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +33,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, Lla
 from .block_mixing import BlockMixing
 from .configuration_falcon_drafter import FalconDrafterConfig
 from .drafter_cache import DrafterCache
+from .repo_files import check_stamp, code_stamp, write_repo_files
+from .repo_upload import UPLOAD_OPTIONS, upload_repo
 from .rollout import RolloutKeys, own_pairs, relaxed_causal_mask, rollout_mask
 from .routing import install
 from .statistics import GenerationStatistics
@@ -48,7 +52,7 @@ class FalconFusion(nn.Module):
         self.embedding_scale = config.embedding_scale
         size = config.hidden_size
         if self.kind == "linear":
-            self.linear = nn.Linear(2 * size, size, bias=False)
+            self.linear = nn.Linear(2 * size, size, bias=config.fusion_bias)
         else:
             self.lstm = nn.LSTM(2 * size, size, num_layers=config.fusion_layers, batch_first=True)
 
@@ -93,9 +97,9 @@ class FalconAttention(nn.Module):
         self.head_dim: int = config.head_dim or 0  # the config has filled both in
         groups: int = config.num_key_value_heads or 0
         size, heads = config.hidden_size, config.num_attention_heads
-        self.q_proj = nn.Linear(size, heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(size, groups * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(size, groups * self.head_dim, bias=False)
+        self.q_proj = nn.Linear(size, heads * self.head_dim, bias=config.attention_bias)
+        self.k_proj = nn.Linear(size, groups * self.head_dim, bias=config.attention_bias)
+        self.v_proj = nn.Linear(size, groups * self.head_dim, bias=config.attention_bias)
         self.o_proj = nn.Linear(heads * self.head_dim, size, bias=False)
 
     def forward(
@@ -111,8 +115,8 @@ class FalconAttention(nn.Module):
     ) -> torch.Tensor:
         """``[B, S, H]`` -> ``[B, queries, H]`` for the last ``queries`` columns; mask ``[B, 1, queries, T]``.
 
-        With ``select`` ``[M]``, flat indices into ``[B * queries]``, only those: ``[M, H]``. Queries come from ``start``
-        ``[B, S, H]`` if it is given, keys and values always from ``hidden``.
+        With ``select`` ``[M]``, flat indices into ``[B * queries]``, only those: ``[M, H]``. Queries come from
+        ``start`` ``[B, S, H]`` if it is given, keys and values always from ``hidden``.
         """
         batch, columns, _ = hidden.shape
         cos, sin = (table[:, None] for table in rotary)  # [B, 1, S, head_dim]
@@ -183,6 +187,7 @@ class FalconDrafter(PreTrainedModel):
     config: FalconDrafterConfig
     base_model_prefix = "drafter"
     main_input_name = "features"
+    _auto_class = "AutoModel"
     supports_gradient_checkpointing = False
     _no_split_modules = ["FalconDecoderLayer"]
     _supports_sdpa = True
@@ -211,18 +216,62 @@ class FalconDrafter(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As in transformers, but weights that the checkpoint lacks are an error, not random numbers and a warning.
+        """As in transformers, but only from safetensors, and broken weights are an error, not a warning.
 
         Raises:
-            ValueError: naming the weights that are missing or have another shape.
+            ValueError: naming the weights that are missing, have another shape or are not finite.
+
+        Warns:
+            CodeStampWarning: if the code in the repo is not the code it was saved with.
         """
+        kwargs["use_safetensors"] = True  # never a pickle
         drafter, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         wrong = [*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])]
         if wrong:
             raise ValueError(
                 f"The drafter's weights are incomplete: {', '.join(sorted(wrong)[:3])} ({len(wrong)} in all)."
             )
+        for name, weight in drafter.state_dict().items():
+            if weight.device.type != "meta" and not weight.isfinite().all():
+                raise ValueError(f"The drafter's weights are damaged: {name} has values that are not finite.")
+        check_stamp(drafter.config, str(args[0] if args else kwargs.get("pretrained_model_name_or_path")))
         return (drafter, info) if output_loading_info else drafter
+
+    def save_pretrained(
+        self, save_directory: Any, is_main_process: bool = True, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """As in transformers, and with all that a repo needs to be used without ``falcon_hf`` (``repo_files.py``).
+
+        Args:
+            save_directory: the folder; a README.md in it is kept.
+            is_main_process: whether this process writes code, config and card.
+            push_to_hub: upload the folder afterwards, to ``repo_id`` (see [`push_to_hub`]), by default its name.
+            **kwargs: for transformers' ``save_pretrained``; with ``push_to_hub`` also those of [`push_to_hub`].
+        """
+        upload = {name: kwargs.pop(name) for name in UPLOAD_OPTIONS if name in kwargs}
+        self.config.code_stamp = code_stamp()
+        # There is no older format to go back to, and going back would give a loaded drafter's shards another order.
+        kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            write_repo_files(self.config, Path(save_directory))
+            if push_to_hub:
+                upload_repo(Path(save_directory), upload.pop("repo_id", Path(save_directory).name), **upload)
+
+    def push_to_hub(self, repo_id: str, *, max_shard_size: int | str = "50GB", **options: Any) -> str:
+        """Save the drafter and upload it as the Hub repo ``repo_id``; a README.md there is kept.
+
+        Args:
+            repo_id: ``organisation/name``, made if absent.
+            max_shard_size: as in ``save_pretrained``.
+            **options: see ``repo_upload.upload_repo``.
+
+        Returns:
+            The commit's address.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            return upload_repo(Path(folder), repo_id, keep_card=True, **options)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -83,7 +83,7 @@ TREE_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attenti
 
 _FINGERPRINT_SAMPLES = 32
 # Far above rounding (bfloat16: 0.002) and fine-tuning, far below another model's weights (about 1.4).
-_FINGERPRINT_TOLERANCE = 0.1
+FINGERPRINT_TOLERANCE = 0.1
 
 
 class TargetMismatchWarning(UserWarning):
@@ -100,11 +100,14 @@ def fingerprint(target: PreTrainedModel) -> list[float] | None:
     None where the weights are not at hand (meta device, offloaded).
     """
     weight = target.get_input_embeddings().weight
-    if weight.device.type == "meta":
-        return None
-    rows = torch.linspace(0, weight.shape[0] - 1, _FINGERPRINT_SAMPLES).long()
-    columns = (torch.arange(_FINGERPRINT_SAMPLES) * 37) % weight.shape[1]
-    samples = weight.detach()[rows.to(weight.device), columns.to(weight.device)].float().tolist()
+    return None if weight.device.type == "meta" else fingerprint_of(weight)
+
+
+def fingerprint_of(embedding: torch.Tensor) -> list[float]:
+    """[`fingerprint`] of an input embedding's weight ``[V, H]``."""
+    rows = torch.linspace(0, embedding.shape[0] - 1, _FINGERPRINT_SAMPLES).long()
+    columns = (torch.arange(_FINGERPRINT_SAMPLES) * 37) % embedding.shape[1]
+    samples = embedding.detach()[rows.to(embedding.device), columns.to(embedding.device)].float().tolist()
     return [float(f"{sample:.4g}") for sample in samples]
 
 
@@ -181,7 +184,7 @@ def _check_fingerprint(target: PreTrainedModel, config: FalconDrafterConfig) -> 
     if config.target_fingerprint is None:
         return
     own = fingerprint(target)
-    if own is not None and fingerprint_distance(own, config.target_fingerprint) > _FINGERPRINT_TOLERANCE:
+    if own is not None and fingerprint_distance(own, config.target_fingerprint) > FINGERPRINT_TOLERANCE:
         warnings.warn(
             f"The drafter was trained for another target ({_trained_for(config)}), not for "
             f"{target.config._name_or_path or type(target).__name__!r}. The text will be right, but hardly faster.",
