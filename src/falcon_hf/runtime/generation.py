@@ -26,7 +26,7 @@ from .emission import Emission
 from .outputs import StreamedRows, gather_output
 from .rejection import SiblingDraws
 from .statistics import GenerationStatistics
-from .target import check_target, family
+from .target import check_target, family, last_device
 from .target_attention import under_tree_attention
 from .target_session import TargetSession
 from .tree import DraftTree
@@ -103,6 +103,7 @@ def decode(
 ) -> torch.Tensor | GenerateDecoderOnlyOutput:
     """Generate from ``input_ids`` ``[B, P]``; everything as ``generate()`` hands it to a decoding method.
 
+    If the target is spread over devices, the drafter moves to the last one, where its features are made.
     With ``synced_gpus`` (ZeRO-3, FSDP) every round is one target forward on every device, until all have finished.
     ``tokenizer`` has served in the stopping criteria, and ``inputs_tensor`` is for encoders.
 
@@ -114,6 +115,8 @@ def decode(
             different times without a padding token.
     """
     check_row_ends(input_ids.shape[0], stopping_criteria, generation_config)
+    if (device := last_device(target)) is not None:
+        drafter.to(device)
     statistics = GenerationStatistics(rows=input_ids.shape[0])
     with statistics.timed("total"):
         draws = Draws(input_ids.shape[0])
