@@ -214,7 +214,14 @@ def _draft(rows: list[Emission], generator: FalconCandidateGenerator) -> DraftTr
     # The walk emits one token more than it accepts, so nodes from depth ``budget`` on could not be emitted.
     deepest = max(row.budget for row in rows if not row.ended) - 1
     last = [row.ids[:, -1:] for row in rows]
-    return generator.draft(last[0] if len(rows) == 1 else torch.cat(last), deepest)
+    text = None if generator.lookup is None else _texts(rows)
+    return generator.draft(last[0] if len(rows) == 1 else torch.cat(last), deepest, text)
+
+
+def _texts(rows: list[Emission]) -> torch.Tensor:
+    """Prompts and texts so far ``[B, T]``, shorter rows at the right end with -1 before them."""
+    longest = max(row.ids.shape[1] for row in rows)
+    return torch.cat([F.pad(row.ids, (longest - row.ids.shape[1], 0), value=-1) for row in rows])
 
 
 def _walk(tree: DraftTree, outputs: Any, rows: list[Emission], siblings: SiblingDraws | None) -> list[list[int]]:
