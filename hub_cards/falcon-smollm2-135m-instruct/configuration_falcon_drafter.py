@@ -92,6 +92,8 @@ class FalconDrafterConfig(PreTrainedConfig):
         verifier: ``"follow"``: the target's own draw walks the tree, so that a seed gives plain decoding's text.
             ``"rejection"``: siblings are drawn from the drafter's law and accepted or rejected, which keeps the law of
             sampled text, not the text of a seed; needs a static tree, and greedy decoding takes ``follow`` anyway.
+        auto_off: whether to decode plainly for a while where drafting is seen to lose time (see
+            ``speculation_switch.py``). Off by default, because what it does depends on the clock.
         target_name_or_path, target_model_type: the model this drafter was trained for.
         target_fingerprint: sampled embedding weights that tell one target from another (see ``target.fingerprint``).
 
@@ -124,6 +126,7 @@ class FalconDrafterConfig(PreTrainedConfig):
     tree: list[list[int]] | dict[str, Any] | None = None
     lookup: dict[str, Any] | None = None
     verifier: str = "follow"
+    auto_off: bool = False
     target_name_or_path: str | None = None
     target_model_type: str | None = None
     target_fingerprint: list[float] | None = None
