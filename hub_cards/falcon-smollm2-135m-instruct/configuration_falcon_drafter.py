@@ -82,6 +82,11 @@ class FalconDrafterConfig(PreTrainedConfig):
             whose state runs along the sequence), ``"lstm_stateless"`` (the same cells, every position from the zero
             state: what the upstream code's tensor layout amounts to) or ``"linear"`` (one matrix).
         fusion_layers: LSTM layers of the fusion (ignored by ``"linear"``).
+        embedding_scale: what token embeddings are multiplied with before the fusion, so that they are of the features'
+            size (a target's embeddings may be 20 times smaller, and a fusion is slow to learn that).
+        feature_layers: None for the last hidden state alone; otherwise the numbers of the target's hidden states (0 the
+            embeddings, L the last of L layers) whose states, side by side, become a feature through one matrix. The
+            last must be L, because the drafter estimates that one.
         draft_vocab_size: None to draft over all V tokens; otherwise only over that many, whose ids the checkpoint
             keeps (``FalconDrafter.draft_vocab_ids``). Never changes what is generated, only what is proposed.
         logit_scale, logit_softcap: the target's head scaling, logits = cap * tanh(scale * (h W^T) / cap).
@@ -120,6 +125,8 @@ class FalconDrafterConfig(PreTrainedConfig):
     block_size: int = 2
     fusion: str = "lstm"
     fusion_layers: int = 2
+    embedding_scale: float = 1.0
+    feature_layers: list[int] | None = None
     draft_vocab_size: int | None = None
     logit_scale: float = 1.0
     logit_softcap: float | None = None
@@ -173,6 +180,13 @@ class FalconDrafterConfig(PreTrainedConfig):
             raise ValueError(
                 f"draft_vocab_size must be None or from 1 to vocab_size ({self.vocab_size}), "
                 f"got {self.draft_vocab_size}."
+            )
+        if not self.embedding_scale > 0:
+            raise ValueError(f"embedding_scale must be positive, got {self.embedding_scale!r}.")
+        layers = self.feature_layers
+        if layers is not None and (len(layers) < 2 or min(layers) < 0 or sorted(set(layers)) != layers):
+            raise ValueError(
+                f"feature_layers must be None or at least two ascending numbers of hidden states, got {layers!r}."
             )
         if self.logit_scale <= 0 or (self.logit_softcap is not None and self.logit_softcap <= 0):
             raise ValueError("logit_scale and logit_softcap must be positive.")

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode, MaxLengthCriteria
 
-from .candidate_generator import FalconCandidateGenerator
+from .candidate_generator import FalconCandidateGenerator, drafter_tree
 from .committed_pairs import CommittedPairs
 from .draws import Draws
 from .emission import Emission
@@ -27,9 +27,11 @@ from .outputs import StreamedRows, gather_output
 from .rejection import SiblingDraws
 from .speculation_switch import SpeculationSwitch
 from .statistics import GenerationStatistics
-from .target import check_target
+from .target import check_target, family
+from .target_attention import under_tree_attention
 from .target_session import TargetSession
 from .tree import DraftTree
+from .tree_shape import TreeShape, chain
 from .verification import follow, follow_greedy
 
 if TYPE_CHECKING:
@@ -60,8 +62,7 @@ def validate(
         The config for transformers' own checks, which refuse several sequences a prompt for any assistant.
 
     Raises:
-        ValueError: beam search and other modes, options that exclude a drafter, outputs that are not recorded, and
-            all of [`check_target`].
+        ValueError: beam search and other modes, options that exclude a drafter, and all of [`check_target`].
     """
     check_target(target, drafter.config)
     if generation_config.num_beams > 1:
@@ -78,15 +79,16 @@ def validate(
             raise ValueError(f"{option} and a Falcon drafter exclude each other ({why}): drop one of the two.")
     if generation_mode_kwargs.get("assistant_tokenizer") is not None:
         raise ValueError("A Falcon drafter shares the target's tokenizer: drop assistant_tokenizer.")
-    if generation_config.return_dict_in_generate and generation_config.output_attentions:
-        raise ValueError("Falcon does not record attentions for now: drop output_attentions or assistant_model.")
     if generation_config.use_cache is False:
-        raise ValueError("Falcon needs a key-value cache: drop use_cache=False or assistant_model.")
+        raise ValueError(
+            "Falcon needs a key-value cache: drop use_cache=False (or pass use_cache=True) or drop assistant_model."
+        )
     relaxed = copy.copy(generation_config)
     relaxed.num_return_sequences = 1
     return relaxed
 
 
+@under_tree_attention
 def decode(
     target: PreTrainedModel,
     drafter: FalconDrafter,
@@ -121,7 +123,7 @@ def decode(
             for row in range(input_ids.shape[0])
         ]
         stream = StreamedRows(streamer, rows, generation_config)
-        generator = FalconCandidateGenerator(drafter, target, rows=len(rows))
+        generator = FalconCandidateGenerator(drafter, target, chain_shape(drafter, target), rows=len(rows))
         draws_siblings = drafter.config.verifier == "rejection" and generation_config.do_sample
         siblings = SiblingDraws(generation_config.temperature or 1.0, drafter.device) if draws_siblings else None
         if siblings is not None:
@@ -129,7 +131,7 @@ def decode(
         pairs = CommittedPairs(generator, rows)
         switch = SpeculationSwitch(drafter.config.auto_off)
         slots = generation_config.max_length + generator.shape.size
-        session = TargetSession(target, len(rows), slots, model_kwargs)
+        session = TargetSession(target, len(rows), slots, model_kwargs, drafter.config.feature_layers)
         with statistics.timed("prefill"):
             outputs = session.prefill(input_ids, generation_config)
         with statistics.timed("walk"):
@@ -149,7 +151,7 @@ def decode(
             with statistics.timed("verify"):
                 outputs = session.verify(tree, [row.budget for row in rows], generation_config)
             with statistics.timed("walk"):
-                paths = _walk(tree, outputs, rows, siblings)
+                paths = _walk(tree, outputs, rows, session, siblings)
                 stream.flush()
             statistics.count(paths, tree.size, drafted=switch.drafts)
             walked = [len(path) for path in paths if path]
@@ -157,7 +159,7 @@ def decode(
             with statistics.timed("cache"):
                 session.keep(paths, tree.size)
             with statistics.timed("draft"):
-                pairs.add_round(outputs.hidden_states[-1], paths, hold=not switch.drafts)
+                pairs.add_round(session.features(outputs), paths, hold=not switch.drafts)
         stream.end()
         draws.finish()
         if len(rows) > 1:
@@ -165,7 +167,16 @@ def decode(
     statistics.new_tokens = sum(row.new_tokens for row in rows)
     drafter.last_generation = statistics
     logger.debug("%s", statistics)
-    return gather_output(rows, generation_config, prompt_states, session.cache)
+    return gather_output(rows, generation_config, prompt_states, session.prompt_attentions, session.cache)
+
+
+def chain_shape(drafter: FalconDrafter, target: PreTrainedModel) -> TreeShape | None:
+    """For a target that can only verify a chain, the likeliest path of the drafter's tree; None for other targets."""
+    support = family(target)
+    if support is None or support.drafts != "chain":
+        return None
+    tree = drafter_tree(drafter)
+    return chain(tree.depth if isinstance(tree, TreeShape) else tree.depth(drafter.config.block_size))
 
 
 def check_row_ends(rows: int, stopping_criteria: StoppingCriteriaList, generation_config: GenerationConfig) -> None:
@@ -203,7 +214,9 @@ def _texts(rows: list[Emission]) -> torch.Tensor:
     return torch.cat([F.pad(row.ids, (longest - row.ids.shape[1], 0), value=-1) for row in rows])
 
 
-def _walk(tree: DraftTree, outputs: Any, rows: list[Emission], siblings: SiblingDraws | None) -> list[list[int]]:
+def _walk(
+    tree: DraftTree, outputs: Any, rows: list[Emission], session: TargetSession, siblings: SiblingDraws | None
+) -> list[list[int]]:
     """Emit tokens along each row's tree; returns the visited nodes, root first, none for a row that had ended."""
     if rows[0].is_plain_greedy:
         nodes, tokens, visited = follow_greedy(tree, outputs.logits)
@@ -222,6 +235,8 @@ def _walk(tree: DraftTree, outputs: Any, rows: list[Emission], siblings: Sibling
             logits = outputs.logits[index : index + 1, node]
             token = row.choose(logits) if siblings is None else siblings.follow_node(row.law(logits), tree, index, node)
             row.record_hidden_states(outputs.hidden_states, node)
+            if row.attentions is not None:
+                row.attentions.append(session.attentions(tree, outputs, index, node))
             return token[0], row.commit(token)
 
         path, row.ended = follow(tree, index, choose)
