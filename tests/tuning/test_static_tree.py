@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from falcon_hf import TreeShape
 from falcon_hf.runtime.tree_shape import chain
-from falcon_hf.tuning.acceptance import AcceptanceModel, ParametricAcceptance
+from falcon_hf.tuning.acceptance import AcceptanceModel
 from falcon_hf.tuning.static_tree import PricedTrees, best_nodes, best_tree, widths
 
 

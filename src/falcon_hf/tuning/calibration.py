@@ -138,9 +138,10 @@ class Calibration:
                     for name in ("plain_seconds", "plain_context", "walk_seconds", "round_seconds")
                 },
             )
-            times = [*calibration.verify_times, *(time for one in drafters for time in one.draft_times)]
-            for time in times:
-                _seconds(time.seconds)
+            for verify in calibration.verify_times:
+                _seconds(verify.seconds)
+            for draft in (time for drafter in drafters for time in drafter.draft_times):
+                _seconds(draft.seconds)
         except (KeyError, TypeError, ValueError) as error:
             raise TuningError(f"{path} is a damaged calibration ({error}): run falcon-hf tune again.") from error
         if not drafters or not calibration.verify_times or any(not drafter.draft_times for drafter in drafters):

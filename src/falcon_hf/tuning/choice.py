@@ -98,9 +98,7 @@ def predict(option: Option, shape: TreeShape | None, kind: str) -> Prediction:
     seconds = costs.draft_seconds(blocks) + costs.verify_seconds(shape.size) + costs.rest_seconds(tokens)
     rate = tokens / seconds
     speedup = rate * costs.plain_seconds
-    return Prediction(
-        option.name, kind, k, shape, len(blocks), max(blocks), shape.size, tokens, seconds, rate, speedup
-    )
+    return Prediction(option.name, kind, k, shape, len(blocks), max(blocks), shape.size, tokens, seconds, rate, speedup)
 
 
 def node_grid(most: int) -> list[int]:
@@ -151,7 +149,9 @@ def choose(options: Iterable[Option], max_passes: int = 4, max_nodes: int = 64) 
         raise TuningError("A tree needs at least 1 pass and 2 nodes.")
     found = [predict(options[0], None, "plain")]
     for option in options:
-        found += [predict(option, shape, kind) for shape, kind in candidates(option.model, max_passes, max_nodes).items()]
+        found += [
+            predict(option, shape, kind) for shape, kind in candidates(option.model, max_passes, max_nodes).items()
+        ]
     return sorted(found, key=lambda prediction: -prediction.tokens_per_second)
 
 

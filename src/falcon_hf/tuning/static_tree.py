@@ -128,7 +128,7 @@ class PricedTrees:
 
 
 def _max_plus(a: np.ndarray, b: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """max over i of a[m - i] + b[i] for each m up to ``most``, and that i."""
+    """The max over i of a[m - i] + b[i] for each m up to ``most``, and that i."""
     size = min(len(a) + len(b) - 1, most + 1)
     table = np.full((size, len(b)), -np.inf)
     for i in range(min(len(b), size)):
