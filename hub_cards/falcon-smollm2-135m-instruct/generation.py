@@ -150,6 +150,8 @@ def decode(
                     if path and not rows[index].ended:
                         generators[index].append(features[index : index + 1, path], rows[index].ids[:, -len(path) :])
             statistics.count(paths, tree.size)
+            if drafter.on_round is not None:
+                drafter.on_round(tree, paths)
         stream.end()
         draws.finish()
         if len(rows) > 1:

@@ -19,6 +19,7 @@ Embedding and LM head are the target's; they are arguments here, never modules, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, Lla
 from .configuration_falcon_drafter import FalconDrafterConfig
 from .routing import install
 from .statistics import GenerationStatistics
+from .tree import DraftTree
 
 FusionState = tuple[torch.Tensor, torch.Tensor]
 """LSTM state (h, c), each ``[layers, B, H]``; of zero layers for a fusion without state."""
@@ -186,6 +188,7 @@ class FalconDrafter(PreTrainedModel):
     Attributes:
         draft_vocab_ids: buffer ``[draft_vocab_size]``, ascending ids of the reduced draft vocabulary, or None.
         last_generation: statistics of the last finished call of ``generate()`` with this drafter, None before it.
+        on_round: called after each round with its tree and the visited nodes of each row, root first; None for nothing.
     """
 
     config_class = FalconDrafterConfig
@@ -198,6 +201,7 @@ class FalconDrafter(PreTrainedModel):
 
     draft_vocab_ids: torch.Tensor | None
     last_generation: GenerationStatistics | None = None
+    on_round: Callable[[DraftTree, list[list[int]]], None] | None = None
 
     def __init__(self, config: FalconDrafterConfig) -> None:
         super().__init__(config)

@@ -77,10 +77,10 @@ def test_a_dear_block_makes_the_passes_narrow_and_a_dear_pass_makes_them_few():
     model = ParametricAcceptance(2, 8, 0.8, 0.9)
     cheap = choose([Option("d", model, LinearCosts(each_pass=0.001, each_node=0.001))])[0]
     dear_blocks = choose([Option("d", model, LinearCosts(each_pass=0.001, each_block=0.2, each_node=0.001))])[0]
-    dear_passes = choose([Option("d", model, LinearCosts(each_pass=0.8, each_node=0.001))])[0]
+    dear_passes = choose([Option("d", model, LinearCosts(each_pass=0.9, each_node=0.001))])[0]
     assert cheap.passes == 4
     assert dear_blocks.width < cheap.width
-    assert dear_passes.passes == 1
+    assert 0 < dear_passes.passes < cheap.passes
 
 
 def test_plain_decoding_wins_where_nothing_is_accepted():
@@ -116,6 +116,9 @@ def test_grid_has_a_setting_for_each_cell():
     cells = [(m, nodes) for m in (1, 2, 3) for nodes in (8, 16)]
     found = grid(option, (1, 2, 3), (8, 16))
     assert [(prediction.passes, prediction.nodes) for prediction in found] == cells
+    hopeless = Option("d", ParametricAcceptance(2, 8, 0.05), LinearCosts())
+    assert [one.passes for one in grid(hopeless, (1, 2, 3), (8,))] == [1, 2, 3], "also where no pass but one pays"
+    assert grid(option, (4,), (7,)) == [], "four passes of two need a path of seven nodes below the root"
 
 
 def test_node_grid():

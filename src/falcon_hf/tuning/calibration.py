@@ -223,16 +223,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any], indent: int | None = None) -> None:
     """Write JSON in one step, so that a reader sees the old file or the new one, whole.
 
     Raises:
         TuningError: if it cannot be written.
     """
+    text = json.dumps(value, allow_nan=False, indent=indent, separators=None if indent else (",", ":"))
     scratch = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(json.dumps(value, allow_nan=False, separators=(",", ":")) + "\n", encoding="utf-8")
+        scratch.write_text(text + "\n", encoding="utf-8")
         os.replace(scratch, path)
     except OSError as error:
         raise TuningError(f"{path} cannot be written: {error.strerror}.") from error

@@ -8,6 +8,8 @@ from a roofline (``roofline.py``); E from a replay of recorded ranks, or from an
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,7 +17,7 @@ from typing import Protocol
 from ..runtime.tree_shape import TreeShape, chain
 from .acceptance import AcceptanceModel
 from .errors import TuningError
-from .static_tree import PricedTrees, best_nodes, best_tree, widths
+from .static_tree import PricedTrees, best_nodes, widths
 
 # Prices of a boundary node, in tokens, and caps on boundary nodes a pass: together they cover narrow and wide trees.
 _PRICES = (0.01, 0.02, 0.04, 0.08, 0.16)
@@ -121,8 +123,12 @@ def tuned_trees(model: AcceptanceModel, passes: int, sizes: Sequence[int]) -> It
             yield from (tree for tree in map(trees.tree, sizes) if tree is not None)
 
 
+@functools.lru_cache(maxsize=64)
 def candidates(model: AcceptanceModel, max_passes: int, max_nodes: int) -> dict[TreeShape, str]:
-    """All trees worth predicting for one drafter, each with its kind: tuned, chains, and the paper's, cut to fit."""
+    """All trees worth predicting for one drafter, each with its kind: tuned, chains, and the paper's, cut to fit.
+
+    Costs play no part, so they are found once a model.
+    """
     k, found = model.block_size, {}
     depth = min(max_passes * k, model.depth)
     for passes in range(1, max_passes + 1):
@@ -156,17 +162,24 @@ def choose(options: Iterable[Option], max_passes: int = 4, max_nodes: int = 64) 
 
 
 def grid(option: Option, passes: Sequence[int], nodes: Sequence[int]) -> list[Prediction]:
-    """The best tree for each number of passes and of nodes: the settings of a sweep, in that order.
+    """The best tree that takes exactly m passes and N nodes, for each m and N: the settings of a sweep, in that order.
 
-    Where no tree of so few passes has so many nodes, the largest there is.
+    Left out are sizes too small for so many passes; where there are not so many nodes, the tree has all there are.
     """
     found = []
     for m in passes:
         for size in nodes:
-            shapes = [best_tree(option.model, size, m * option.model.block_size)]
-            shapes += list(tuned_trees(option.model, m, [size]))
-            known = [predict(option, shape, "tuned") for shape in dict.fromkeys(shapes) if shape is not None]
+            shapes = dict.fromkeys([*tuned_trees(option.model, m, [size]), *_reaching(option.model, m, size)])
             # Trees that leave the last passes unused belong to another row of the sweep.
-            full = [prediction for prediction in known if prediction.passes == m] or known
-            found.append(max(full, key=lambda prediction: prediction.tokens_per_second))
+            full = [one for one in (predict(option, shape, "tuned") for shape in shapes) if one.passes == m]
+            if full:
+                found.append(max(full, key=lambda prediction: prediction.tokens_per_second))
     return found
+
+
+def _reaching(model: AcceptanceModel, passes: int, nodes: int) -> Iterator[TreeShape]:
+    """The best tree that has the likeliest path into the last pass, however small: none if that alone is too large."""
+    path = list(chain((passes - 1) * model.block_size + 1).paths)
+    if len(path) < nodes and len(path[-1]) <= model.depth:
+        others = (own for _, own in best_nodes(model, min(passes * model.block_size, model.depth)) if own not in path)
+        yield TreeShape.from_paths(path + list(itertools.islice(others, nodes - 1 - len(path))))
