@@ -11,10 +11,12 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .dynamic_tree import DynamicTree
+from .suffix_lookup import SuffixLookup
 from .tree_shape import TreeShape
 
 FUSIONS = ("lstm", "lstm_stateless", "linear")
-VERIFIERS = ("follow",)
+VERIFIERS = ("follow", "rejection")
 MAX_BLOCK_SIZE = 8
 
 # What transformers itself hands to a config beside its declared fields; keys with a leading underscore pass as well.
@@ -83,8 +85,13 @@ class FalconDrafterConfig(PreTrainedConfig):
         draft_vocab_size: None to draft over all V tokens; otherwise only over that many, whose ids the checkpoint
             keeps (``FalconDrafter.draft_vocab_ids``). Never changes what is generated, only what is proposed.
         logit_scale, logit_softcap: the target's head scaling, logits = cap * tanh(scale * (h W^T) / cap).
-        tree: paths of child ranks in Medusa/EAGLE notation, or None for the paper's tree of this block size.
-        verifier: ``"follow"``: the target's own draw walks the tree.
+        tree: paths of child ranks in Medusa/EAGLE notation; or a dynamic tree, ``{"kind": "dynamic", "nodes": 24}``
+            and other fields of [`DynamicTree`]; or None for the paper's tree of this block size.
+        lookup: None, or fields of [`SuffixLookup`] (``{}`` for its defaults): what followed earlier occurrences of the
+            text's end becomes nodes too, where it beats the drafter's; needs a dynamic tree.
+        verifier: ``"follow"``: the target's own draw walks the tree, so that a seed gives plain decoding's text.
+            ``"rejection"``: siblings are drawn from the drafter's law and accepted or rejected, which keeps the law of
+            sampled text, not the text of a seed; needs a static tree, and greedy decoding takes ``follow`` anyway.
         target_name_or_path, target_model_type: the model this drafter was trained for.
         target_fingerprint: sampled embedding weights that tell one target from another (see ``target.fingerprint``).
 
@@ -114,7 +121,8 @@ class FalconDrafterConfig(PreTrainedConfig):
     draft_vocab_size: int | None = None
     logit_scale: float = 1.0
     logit_softcap: float | None = None
-    tree: list[list[int]] | None = None
+    tree: list[list[int]] | dict[str, Any] | None = None
+    lookup: dict[str, Any] | None = None
     verifier: str = "follow"
     target_name_or_path: str | None = None
     target_model_type: str | None = None
@@ -167,9 +175,20 @@ class FalconDrafterConfig(PreTrainedConfig):
             raise ValueError("logit_scale and logit_softcap must be positive.")
         if self.tree is not None:
             try:
-                TreeShape.from_paths(self.tree)
+                if isinstance(self.tree, dict):
+                    DynamicTree.from_config(self.tree, self.block_size)
+                else:
+                    TreeShape.from_paths(self.tree)
             except (TypeError, ValueError) as error:
-                raise ValueError(f"tree must be None or a list of paths such as [[0], [1], [0, 0]]: {error}") from error
+                raise ValueError(
+                    "tree must be None, a list of paths such as [[0], [1], [0, 0]], or a dynamic tree such as "
+                    f"{{'kind': 'dynamic', 'nodes': 24}}: {error}"
+                ) from error
+
+        if self.lookup is not None:
+            if not isinstance(self.tree, dict):
+                raise ValueError("lookup needs a dynamic tree, such as tree={'kind': 'dynamic', 'nodes': 24}.")
+            SuffixLookup.from_config(self.lookup)
 
     @classmethod
     def from_target(

@@ -15,6 +15,8 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode, MaxLengthCriteria
 
@@ -22,6 +24,7 @@ from .candidate_generator import FalconCandidateGenerator
 from .draws import Draws
 from .emission import Emission
 from .outputs import StreamedRows, gather_output
+from .rejection import SiblingDraws
 from .statistics import GenerationStatistics
 from .target import check_target
 from .target_session import TargetSession
@@ -117,8 +120,12 @@ def decode(
             for row in range(input_ids.shape[0])
         ]
         stream = StreamedRows(streamer, rows, generation_config)
-        generators = FalconCandidateGenerator(drafter, target).for_rows(len(rows))
-        slots = generation_config.max_length + generators[0].shape.size
+        generator = FalconCandidateGenerator(drafter, target, rows=len(rows))
+        draws_siblings = drafter.config.verifier == "rejection" and generation_config.do_sample
+        siblings = SiblingDraws(generation_config.temperature or 1.0, drafter.device) if draws_siblings else None
+        if siblings is not None:
+            generator.draw_siblings(siblings)
+        slots = generation_config.max_length + generator.shape.size
         session = TargetSession(target, len(rows), slots, model_kwargs)
         with statistics.timed("prefill"):
             outputs = session.prefill(input_ids, generation_config)
@@ -127,28 +134,23 @@ def decode(
                 row.ended = bool(row.commit(row.choose(outputs.logits[index : index + 1, -1])))
             stream.flush()
         with statistics.timed("draft"):
-            for row, generator, features in zip(rows, generators, session.prompt_features, strict=True):
-                known = min(features.shape[1], row.ids.shape[1])
-                generator.append(features[:, -known:], row.ids[:, -known:])
+            _append_prompt(generator, session.prompt_features, rows)
         prompt_states = outputs.hidden_states
         while target._has_unfinished_sequences(all(row.ended for row in rows), synced_gpus, device=input_ids.device):
             if all(row.ended for row in rows):
                 session.idle(rows[0].ids[:, -1:], generation_config)
                 continue
             with statistics.timed("draft"):
-                tree = _draft(rows, generators)
+                tree = _draft(rows, generator)
             with statistics.timed("verify"):
                 outputs = session.verify(tree, [row.budget for row in rows], generation_config)
             with statistics.timed("walk"):
-                paths = _walk(tree, outputs, rows)
+                paths = _walk(tree, outputs, rows, siblings)
                 stream.flush()
             with statistics.timed("cache"):
                 session.keep(paths, tree.size)
             with statistics.timed("draft"):
-                features = outputs.hidden_states[-1]
-                for index, path in enumerate(paths):
-                    if path and not rows[index].ended:
-                        generators[index].append(features[index : index + 1, path], rows[index].ids[:, -len(path) :])
+                _append_paths(generator, outputs.hidden_states[-1], paths, rows)
             statistics.count(paths, tree.size)
             if drafter.on_round is not None:
                 drafter.on_round(tree, paths)
@@ -180,31 +182,51 @@ def check_row_ends(rows: int, stopping_criteria: StoppingCriteriaList, generatio
         )
 
 
-def _draft(rows: list[Emission], generators: list[FalconCandidateGenerator]) -> DraftTree:
-    """One tree a row, all of one shape; the rows that have ended get the root's token everywhere."""
+def _append_prompt(generator: FalconCandidateGenerator, features: list[torch.Tensor], rows: list[Emission]) -> None:
+    """Tell the drafter of the prompts: one ``[1, F, H]`` features a row, and the tokens one ahead."""
+    lengths = [min(states.shape[1], row.ids.shape[1]) for states, row in zip(features, rows, strict=True)]
+    known = zip(features, rows, lengths, strict=True)
+    pairs = [(states[0, -length:], row.ids[0, -length:]) for states, row, length in known]
+    states, tokens = (pad_sequence(list(part), batch_first=True) for part in zip(*pairs, strict=True))
+    generator.append(states, tokens, lengths)
+
+
+def _append_paths(
+    generator: FalconCandidateGenerator, features: torch.Tensor, paths: list[list[int]], rows: list[Emission]
+) -> None:
+    """Tell the drafter of a round: ``[B, N, H]`` features of the verified nodes, and each row's visited ones."""
+    if all(row.ended for row in rows):
+        return
+    if len(rows) == 1:
+        generator.append(features[:, paths[0]], rows[0].ids[:, -len(paths[0]) :])
+        return
+    lengths = [0 if row.ended else len(path) for path, row in zip(paths, rows, strict=True)]
+    longest = max(lengths)
+    nodes = [path[:length] + [0] * (longest - length) for path, length in zip(paths, lengths, strict=True)]
+    index = torch.tensor(nodes, device=features.device)[:, :, None].expand(-1, -1, features.shape[-1])
+    tokens = [
+        F.pad(row.ids[0, row.ids.shape[1] - length :], (0, longest - length))
+        for row, length in zip(rows, lengths, strict=True)
+    ]
+    generator.append(features.gather(1, index), torch.stack(tokens), lengths)
+
+
+def _draft(rows: list[Emission], generator: FalconCandidateGenerator) -> DraftTree:
+    """One tree a row, all of one size; those of rows that have ended are not looked at."""
     # The walk emits one token more than it accepts, so nodes from depth ``budget`` on could not be emitted.
     deepest = max(row.budget for row in rows if not row.ended) - 1
-    trees = {
-        index: generator.draft(row.ids[:, -1:], deepest)
-        for index, (row, generator) in enumerate(zip(rows, generators, strict=True))
-        if not row.ended
-    }
-    if len(rows) == 1:
-        return trees[0]
-    some = next(iter(trees.values()))
-    tokens = [
-        trees[index].tokens if index in trees else row.ids[:, -1:].expand(1, some.size)
-        for index, row in enumerate(rows)
-    ]
-    return DraftTree(
-        tokens=torch.cat(tokens),
-        parents=some.parents.expand(len(rows), -1),
-        depths=some.depths.expand(len(rows), -1),
-        ancestors=some.ancestors.expand(len(rows), -1, -1),
-    )
+    last = [row.ids[:, -1:] for row in rows]
+    text = None if generator.lookup is None else _texts(rows)
+    return generator.draft(last[0] if len(rows) == 1 else torch.cat(last), deepest, text)
 
 
-def _walk(tree: DraftTree, outputs: Any, rows: list[Emission]) -> list[list[int]]:
+def _texts(rows: list[Emission]) -> torch.Tensor:
+    """Prompts and texts so far ``[B, T]``, shorter rows at the right end with -1 before them."""
+    longest = max(row.ids.shape[1] for row in rows)
+    return torch.cat([F.pad(row.ids, (longest - row.ids.shape[1], 0), value=-1) for row in rows])
+
+
+def _walk(tree: DraftTree, outputs: Any, rows: list[Emission], siblings: SiblingDraws | None) -> list[list[int]]:
     """Emit tokens along each row's tree; returns the visited nodes, root first, none for a row that had ended."""
     if rows[0].is_plain_greedy:
         nodes, tokens, visited = follow_greedy(tree, outputs.logits)
@@ -220,7 +242,8 @@ def _walk(tree: DraftTree, outputs: Any, rows: list[Emission]) -> list[list[int]
             continue
 
         def choose(node: int, index: int = index, row: Emission = row) -> tuple[torch.Tensor, torch.Tensor]:
-            token = row.choose(outputs.logits[index : index + 1, node])
+            logits = outputs.logits[index : index + 1, node]
+            token = row.choose(logits) if siblings is None else siblings.follow_node(row.law(logits), tree, index, node)
             row.record_hidden_states(outputs.hidden_states, node)
             return token[0], row.commit(token)
 

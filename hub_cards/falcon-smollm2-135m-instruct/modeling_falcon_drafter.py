@@ -25,10 +25,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, rotate_half
 
 from .configuration_falcon_drafter import FalconDrafterConfig
+from .drafter_cache import DrafterCache
 from .routing import install
 from .statistics import GenerationStatistics
 from .tree import DraftTree
@@ -52,43 +54,6 @@ def relaxed_causal_mask(length: int, block_size: int, offset: torch.Tensor) -> t
     return block[:, None, None, :] <= block[:, None, :, None]
 
 
-class DrafterCache:
-    """Keys and values of the pairs seen so far, one growing buffer a layer; dropping the tail costs nothing.
-
-    ``length`` counts the columns in use. Buffers are ``[B, key-value heads, capacity, head_dim]``.
-    """
-
-    def __init__(self, num_layers: int) -> None:
-        self.length = 0
-        self._buffers: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * num_layers
-
-    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put ``[B, heads, S, head_dim]`` behind column ``length`` and return keys and values up to there.
-
-        Does not move ``length``: call [`advance`] once all layers have written.
-        """
-        end = self.length + keys.shape[2]
-        buffer = self._buffers[layer]
-        if buffer is None or buffer[0].shape[2] < end:
-            shape = (*keys.shape[:2], max(2 * end, 256), keys.shape[3])
-            grown = keys.new_zeros(shape), values.new_zeros(shape)
-            if buffer is not None:
-                for new, old in zip(grown, buffer, strict=True):
-                    new[:, :, : self.length] = old[:, :, : self.length]
-            buffer = self._buffers[layer] = grown
-        buffer[0][:, :, self.length : end] = keys
-        buffer[1][:, :, self.length : end] = values
-        return buffer[0][:, :, :end], buffer[1][:, :, :end]
-
-    def advance(self, columns: int) -> None:
-        """Keep the ``columns`` just written."""
-        self.length += columns
-
-    def crop(self, length: int) -> None:
-        """Forget everything from column ``length`` on."""
-        self.length = length
-
-
 class FalconFusion(nn.Module):
     """Fuses a pair (feature, embedding), 2H, into one vector, H, carrying state along the sequence if it is an LSTM."""
 
@@ -107,11 +72,16 @@ class FalconFusion(nn.Module):
         return self.kind == "lstm"
 
     def forward(
-        self, features: torch.Tensor, embeddings: torch.Tensor, state: FusionState | None = None
+        self,
+        features: torch.Tensor,
+        embeddings: torch.Tensor,
+        state: FusionState | None = None,
+        lengths: list[int] | None = None,
     ) -> tuple[torch.Tensor, FusionState | None]:
         """``[B, S, H]`` features and embeddings -> ``[B, S, H]`` fused, and the state after the last pair.
 
         ``state`` is the state before the first pair, None for zeros; a fusion without recurrence returns None.
+        ``lengths`` of at least 1 say how many pairs each row has, if not all have S; the rest of a row is garbage.
         """
         pairs = torch.cat((features, embeddings), dim=-1)
         if self.kind == "linear":
@@ -119,6 +89,10 @@ class FalconFusion(nn.Module):
         if self.kind == "lstm_stateless":
             fused, _ = self.lstm(pairs.flatten(0, 1)[:, None])
             return fused.view_as(features), None
+        if lengths is not None:
+            packed = pack_padded_sequence(pairs, torch.tensor(lengths), batch_first=True, enforce_sorted=False)
+            outputs, state = self.lstm(packed, state)
+            return pad_packed_sequence(outputs, batch_first=True, total_length=pairs.shape[1])[0], state
         fused, state = self.lstm(pairs, state)
         return fused, state
 

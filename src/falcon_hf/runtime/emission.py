@@ -68,6 +68,17 @@ class Emission:
 
     def choose(self, logits: torch.Tensor) -> torch.Tensor:
         """The next token ``[1]`` from the target's logits ``[1, V]``: processed, recorded, then argmax or one draw."""
+        scores = self._score(logits)
+        if self._config.do_sample:
+            return self._draws.draw(scores.softmax(dim=-1), self._row, self.new_tokens)
+        return scores.argmax(dim=-1)
+
+    def law(self, logits: torch.Tensor) -> torch.Tensor:
+        """The law ``[1, V]`` that the next token is to have, from the target's logits: processed and recorded."""
+        return self._score(logits).softmax(dim=-1)
+
+    def _score(self, logits: torch.Tensor) -> torch.Tensor:
+        """Processed scores ``[1, V]`` in float32; recorded as the user asked."""
         # A copy in float32, as plain decoding makes one: processors may write into it.
         logits = logits.to(copy=True, dtype=torch.float32, device=self.ids.device)
         scores = self._process(logits)
@@ -75,9 +86,7 @@ class Emission:
             self.scores.append(scores)
         if self.logits is not None:
             self.logits.append(logits)
-        if self._config.do_sample:
-            return self._draws.draw(scores.softmax(dim=-1), self._row, self.new_tokens)
-        return scores.argmax(dim=-1)
+        return scores
 
     def _process(self, logits: torch.Tensor) -> torch.Tensor:
         """Run the processors on this row. Some look at the batch index, so the row stands at its own place."""
