@@ -63,7 +63,7 @@ def test_tune_check_and_apply(run: Run, repos: Path, home: Path) -> None:
     assert "Using the calibration" in again.stderr
     shown = json.loads(again.stdout)
     assert [entry["passes"] for entry in shown["check"]["settings"]] == [1, 2]
-    assert (home / "p" / "sweep.png").is_file()
+    assert (home / "p" / "sweep-tuned.png").is_file()
 
     other = run(*options(repos, home, dtype="bfloat16"))
     assert_refused(other, "tune.json is of other target", "--output")
@@ -103,6 +103,18 @@ def test_two_drafters_are_compared(run: Run, repos: Path, home: Path, tmp_path: 
 def test_bad_input_is_refused(run: Run, repos: Path, home: Path, changed: dict[str, Any], words: Any) -> None:
     result = run(*options(repos, home, **changed), "--json")
     assert_refused(result, *words)
+
+
+def test_dynamic_trees_are_measured_and_applied(run: Run, repos: Path, home: Path, tmp_path: Path) -> None:
+    shutil.copytree(repos / "drafter", tmp_path / "drafter")
+    given = options(repos, home, drafter=tmp_path / "drafter", output=tmp_path / "t.json", num_prompts=1)
+    given += ["--check", tmp_path / "check.json", "--apply", tmp_path / "drafter", "--dynamic", "--sweep"]
+    result = run(*given)
+    assert result.exit_code == 0, result.output
+    entries = json.loads((tmp_path / "check.json").read_text())["settings"]
+    assert "dynamic" in [entry["kind"] for entry in entries]
+    assert all((entry["error"] is None) == (entry["kind"] == "dynamic") for entry in entries)
+    assert FalconDrafter.from_pretrained(tmp_path / "drafter").config.tree["kind"] == "dynamic"
 
 
 def test_prompts_and_output_are_needed(run: Run) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from falcon_hf import FalconCandidateGenerator, TreeShape
+from falcon_hf.runtime.dynamic_tree import DynamicTree
 from falcon_hf.runtime.tree_shape import chain
 from falcon_hf.tuning.calibrate import CalibrationPlan, NamedDrafter, Prompt, calibrate, generate_with
 from falcon_hf.tuning.calibration import Calibration
@@ -72,7 +73,7 @@ def test_ranks_of_the_first_pass_are_those_of_a_draft(measured):
     width = ranks.record.width
     generator = FalconCandidateGenerator(drafter, target, TreeShape.from_paths([[rank] for rank in range(width)]))
     for row in (0, 5):
-        fresh = generator.for_rows(2)[1]
+        fresh = FalconCandidateGenerator(drafter, target, generator.shape)
         root = text.prompt_length + row
         fresh.append(text.features[:, :root], text.ids[:, 1 : root + 1])
         drafted = fresh.draft(text.ids[:, root : root + 1], 1).tokens[0, 1:].tolist()
@@ -88,11 +89,9 @@ def test_tokens_behind_the_end_are_misses(measured):
             assert (array[-behind, behind:] == -1).all()
 
 
-def test_confidence_is_accepted_over_promised(measured):
-    record, confidence = measured[3].record, measured[3].confidence
-    hits = (record.samples[:, 0] >= 0).sum()
-    assert 0 < hits / confidence[0] <= len(record.samples), "promised are at most as many as there were tokens"
-    assert all(factor >= 0 for factor in confidence)
+def test_confidence_tables_have_a_table_for_each_depth(measured):
+    tables, record = measured[3].confidence, measured[3].record
+    assert len(tables.acceptance) * len(tables.acceptance[0]) == record.depth
 
 
 def test_no_answer_is_refused(pair):
@@ -211,7 +210,22 @@ def test_check_sets_predictions_beside_measurements(calibrated, tmp_path):
 
 def test_sweep_has_all_cells(calibrated):
     options = calibrated[3].options()
-    assert len(sweep_settings(options, (1, 2), (4, 8))) == 4
+    assert len(sweep_settings(options, (1, 2), (6, 8))) == 4
+
+
+def test_dynamic_trees_take_the_calibration(calibrated):
+    target, drafters, prompts, calibration, _ = calibrated
+    setting = sweep_settings(calibration.options(), (2,), (8,))[0]
+    dynamic = calibration.dynamic(setting)
+    assert dynamic.tree["nodes"] == setting.nodes - 1
+    assert dynamic.tree["pass_cost"] > 0
+    assert DynamicTree.from_config(dynamic.tree, setting.block_size).calibration is not None
+    result = compare(calibration, [dynamic], measure(target, drafters, prompts, [dynamic], 10))
+    assert result["settings"][0]["measured"]["tokens_per_round"] >= 1
+    assert result["settings"][0]["error"] is result["summary"]["median_error"] is None
+    plain = next(one for one in choose(calibration.options(), 1, 4) if one.shape is None)
+    with pytest.raises(TuningError, match="no tree"):
+        calibration.dynamic(plain)
 
 
 def test_unknown_drafters_and_no_prompts_are_refused(calibrated):

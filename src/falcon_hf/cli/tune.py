@@ -56,6 +56,12 @@ def tune(
     sweep: Annotated[
         bool, typer.Option("--sweep", help="--check measures the best tree for every k, m and N instead.")
     ] = False,
+    dynamic: Annotated[
+        bool,
+        typer.Option(
+            "--dynamic", help="--check measures each tree as a dynamic one too; --apply writes a dynamic one."
+        ),
+    ] = False,
     pictures: Annotated[Path | None, typer.Option(help="Folder for pictures: the best tree, the sweep, plans.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     attention: Annotated[str | None, typer.Option(help="sdpa or eager; the target's own by default.")] = None,
@@ -119,7 +125,7 @@ def tune(
             assert best is not None  # chains are always among the candidates
             assert best.shape is not None
             if apply is not None:
-                write_drafter_tree(apply, best.shape)
+                write_drafter_tree(apply, calibration.dynamic(best).tree if dynamic else best.shape)
             result = None
             if check is not None:
                 options = calibration.options()
@@ -128,6 +134,8 @@ def tune(
                     if sweep
                     else spread_settings(options, settings, max_passes, max_nodes)
                 )
+                if dynamic:
+                    chosen += [calibration.dynamic(one) for one in chosen if one.kind == "tuned"]
                 wanted = asked if check_prompts is None else read_prompts(check_prompts, tokenizer, num_prompts)
                 measured = measure(
                     model, drafters, wanted, chosen, max_new_tokens, check_repeats, _progress(not as_json)
@@ -163,7 +171,9 @@ def _draw(folder: Path, calibration: Calibration, best: Prediction, sweep: dict[
     title = f"{best.nodes} nodes, {best.passes} passes of k = {best.block_size}, {best.tokens:.2f} tokens a round"
     save(draw_tree(best.shape, option.model.score, title=title), folder / "tree")
     if sweep is not None:
-        save(draw_sweep(sweep), folder / "sweep")
+        for kind in dict.fromkeys(entry["kind"] for entry in sweep["settings"]):
+            own = {**sweep, "settings": [entry for entry in sweep["settings"] if entry["kind"] == kind]}
+            save(draw_sweep(own), folder / f"sweep-{kind}")
 
 
 def _drafter(source: str, target: Any) -> NamedDrafter:

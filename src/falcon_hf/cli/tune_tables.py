@@ -50,26 +50,33 @@ def check_table(result: dict[str, Any]) -> None:
             ("tokens_per_second", 1, 1),
         ):
             cells += [f"{factor * own[name]:.{digits}f}" for own in (predicted, measured)]
-        rows.append([*cells, f"{entry['error']:.1%}", f"{measured['speedup']:.2f}x"])
+        rows.append([*cells, _share(entry["error"]), f"{measured['speedup']:.2f}x"])
     show_table("Predicted against measured, prefill left out", [*columns, "error", "speedup"], rows)
     summary = result["summary"]
     stdout.print(
-        f"Error of predicted tokens/s: median {summary['median_error']:.1%}, largest {summary['largest_error']:.1%}, "
+        f"Error of predicted tokens/s: median {_share(summary['median_error'])}, largest "
+        f"{_share(summary['largest_error'])}, "
         f"over {summary['settings']} settings and {summary['calls']} calls each.",
         soft_wrap=True,
     )
     for task, best in [("all", summary["best"]), *summary["best_by_task"].items()]:
         stdout.print(
-            f"Fastest on {task or 'the prompts'}: k = {best['block_size']}, m = {best['passes']}, N = {best['nodes']} "
-            f"({best['speedup']:.2f}x); the predicted best is {best['chosen_falls_short_by']:.1%} slower.",
+            f"Fastest on {task or 'the prompts'}: {best['kind']}, k = {best['block_size']}, m = {best['passes']}, "
+            f"N = {best['nodes']} ({best['speedup']:.2f}x); the predicted best is {best['chosen_falls_short_by']:.1%} slower.",
             soft_wrap=True,
         )
 
 
 def prediction_values(prediction: Prediction) -> dict[str, Any]:
     """JSON values of a prediction."""
-    values = {name: getattr(prediction, name) for name in prediction.__dataclass_fields__ if name != "shape"}
-    return values | {"tree": [list(path) for path in prediction.shape.paths] if prediction.shape else None}
+    values = {
+        name: getattr(prediction, name) for name in prediction.__dataclass_fields__ if name not in ("shape", "dynamic")
+    }
+    return values | {"tree": prediction.tree}
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
 
 
 def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..runtime.modeling_falcon_drafter import FalconDrafter
-from ..runtime.tree_shape import TreeShape
+from ..runtime.tree_shape import TreeShape, chain
 from .calibration import Calibration, DrafterRecord
 from .choice import Option, predict
 from .cost_measurement import DRAFT_WIDTHS, VERIFY_NODES, plain_decoding, time_drafts, time_verification
@@ -44,7 +45,7 @@ class NamedDrafter:
 
     Attributes:
         name: as the user gave it.
-        drafter: the model; its config's tree is put back after each use.
+        drafter: the model; its config is put back after each use.
         provenance: JSON values for the calibration.
     """
 
@@ -112,9 +113,10 @@ def calibrate(
     longest = max(texts, key=lambda text: text.ids.shape[1])
     for named in drafters:
         report(f"Recording the ranks of {named.name}")
-        ranks = measure_ranks(target, named.drafter, texts, plan.passes, plan.width)
-        report(f"Timing the drafts of {named.name}")
-        times, append = time_drafts(target, named.drafter, longest, plan.passes, DRAFT_WIDTHS, plan.repeats)
+        with drafting(named.drafter, chain(1)):
+            ranks = measure_ranks(target, named.drafter, texts, plan.passes, plan.width)
+            report(f"Timing the drafts of {named.name}")
+            times, append = time_drafts(target, named.drafter, longest, plan.passes, DRAFT_WIDTHS, plan.repeats)
         records.append(DrafterRecord(named.name, named.provenance, ranks.record, ranks.confidence, times, append))
     report("Timing verification")
     sizes = sorted({size for size in VERIFY_NODES if size <= plan.nodes} | {plan.nodes})
@@ -169,20 +171,18 @@ def _round_rest(
             rounds += counted.rounds
             walk += counted.walk_seconds
             tokens += counted.new_tokens
-    return (walk / tokens, max(rest / rounds, 0.0)) if rounds else (0.0, 0.0)
+    return (walk / tokens, rest / rounds) if rounds else (0.0, 0.0)
 
 
 def generate_with(
-    target: PreTrainedModel, drafter: FalconDrafter, shape: TreeShape, prompt: torch.Tensor, max_new_tokens: int
+    target: PreTrainedModel, drafter: FalconDrafter, tree: TreeShape | Any, prompt: torch.Tensor, max_new_tokens: int
 ) -> Any:
-    """``generate()`` greedily with a drafter and a tree; the drafter's own tree is back afterwards.
+    """``generate()`` greedily with a drafter and a tree, a shape or as a config has it; the config is back afterwards.
 
     Returns:
         The call's ``GenerationStatistics``.
     """
-    own = drafter.config.tree
-    drafter.config.tree = [list(path) for path in shape.paths]
-    try:
+    with drafting(drafter, tree):
         ids = prompt.to(target.device)
         target.generate(
             ids,
@@ -192,6 +192,16 @@ def generate_with(
             max_new_tokens=max_new_tokens,
             **pad(target),
         )
-    finally:
-        drafter.config.tree = own
     return drafter.last_generation
+
+
+@contextmanager
+def drafting(drafter: FalconDrafter, tree: TreeShape | Any) -> Iterator[None]:
+    """Inside the block: the drafter has this tree, and fills it from its own laws alone, whatever its config said."""
+    own = drafter.config.tree, drafter.config.lookup, drafter.config.verifier
+    drafter.config.lookup, drafter.config.verifier = None, "follow"
+    drafter.config.tree = [list(path) for path in tree.paths] if isinstance(tree, TreeShape) else tree
+    try:
+        yield
+    finally:
+        drafter.config.tree, drafter.config.lookup, drafter.config.verifier = own

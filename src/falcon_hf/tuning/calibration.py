@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from .acceptance import RankRecord
-from .choice import Option
+from .choice import Option, Prediction
+from .confidence import ConfidenceTables
 from .errors import TuningError
 from .monotone import Curve
 
 FORMAT = "falcon-hf-calibration/1"
+# Likeliest tokens of a law that a dynamic tree may choose from: more cost time in every round.
+_DYNAMIC_CANDIDATES = 10
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,7 @@ class DrafterRecord:
         name: folder or Hub repo, as given.
         provenance: its weights' hash, fusion, vocabulary and so on; JSON values.
         ranks: see [`RankRecord`].
-        confidence: for each depth, accepted children over the sum of the drafter's probabilities for them, given that
-            their parent was accepted: below 1 where the drafter is too sure of itself.
+        confidence: see [`ConfidenceTables`].
         draft_times: see [`DraftTime`].
         append_seconds: telling the drafter of a round's committed pairs.
     """
@@ -53,7 +55,7 @@ class DrafterRecord:
     name: str
     provenance: dict[str, Any]
     ranks: RankRecord
-    confidence: tuple[float, ...]
+    confidence: ConfidenceTables
     draft_times: tuple[DraftTime, ...]
     append_seconds: float
 
@@ -69,7 +71,8 @@ class Calibration:
         plain_seconds: a token of plain ``generate()``, the prefill left out.
         plain_context: mean context those tokens had.
         walk_seconds: of choosing and committing one token of a Falcon round.
-        round_seconds: of a Falcon round, all that is neither drafting, verification nor walk.
+        round_seconds: of a Falcon round, all that is neither drafting, verification nor walk; below 0 where those
+            curves overrate a round.
     """
 
     provenance: dict[str, Any]
@@ -89,6 +92,31 @@ class Calibration:
             for drafter in self.drafters
         ]
 
+    def dynamic(self, prediction: Prediction, context: float | None = None) -> Prediction:
+        """The dynamic tree with a static one's numbers of passes, blocks and nodes, and this calibration's confidence.
+
+        How many tokens a round it makes is not predicted; it has to be measured.
+
+        Raises:
+            TuningError: if the prediction is plain decoding's.
+        """
+        if prediction.shape is None:
+            raise TuningError("Plain decoding has no tree to be made dynamic.")
+        drafter = next(one for one in self.drafters if one.name == prediction.drafter)
+        costs = MeasuredCosts(self, drafter, self.plain_context if context is None else context)
+        entry: dict[str, Any] = {
+            "kind": "dynamic",
+            "nodes": prediction.nodes - 1,
+            "passes": prediction.passes,
+            "width": max(prediction.width, 1),
+            "candidates": min(_DYNAMIC_CANDIDATES, drafter.ranks.width),
+            "calibration": drafter.confidence.to_json(),
+        }
+        if prediction.passes > 1:
+            another = costs.draft_seconds((1, prediction.width)) - costs.draft_seconds((1,))
+            entry["pass_cost"] = max(another / costs.verify_seconds(1), 1e-3)
+        return replace(prediction, kind="dynamic", dynamic=entry)
+
     def write(self, path: Path) -> None:
         """Write the file in one step.
 
@@ -101,6 +129,7 @@ class Calibration:
             {
                 **{name: getattr(drafter, name) for name in drafter.__dataclass_fields__},
                 "ranks": drafter.ranks.to_json(),
+                "confidence": drafter.confidence.to_json(),
                 "draft_times": [asdict(time) for time in drafter.draft_times],
             }
             for drafter in self.drafters
@@ -123,7 +152,7 @@ class Calibration:
                     name=str(one["name"]),
                     provenance=dict(one["provenance"]),
                     ranks=RankRecord.from_json(one["ranks"]),
-                    confidence=tuple(float(factor) for factor in one["confidence"]),
+                    confidence=ConfidenceTables.from_json(one["confidence"]),
                     draft_times=tuple(DraftTime(**time) for time in one["draft_times"]),
                     append_seconds=_seconds(one["append_seconds"]),
                 )
@@ -133,10 +162,8 @@ class Calibration:
                 provenance=dict(value["provenance"]),
                 drafters=drafters,
                 verify_times=tuple(VerifyTime(**time) for time in value["verify_times"]),
-                **{
-                    name: _seconds(value[name])
-                    for name in ("plain_seconds", "plain_context", "walk_seconds", "round_seconds")
-                },
+                round_seconds=float(value["round_seconds"]),
+                **{name: _seconds(value[name]) for name in ("plain_seconds", "plain_context", "walk_seconds")},
             )
             for verify in calibration.verify_times:
                 _seconds(verify.seconds)

@@ -120,9 +120,8 @@ def measure(
             options = {"do_sample": False, "max_new_tokens": new_tokens}
             tokens, seconds = plain_decoding(target, prompt.ids, options)
             return Measurement(1, tokens, seconds, tokens)
-        shape = settings[index - 1].shape
-        assert shape is not None  # plain decoding is no setting
-        counted = generate_with(target, by_name[settings[index - 1].drafter], shape, prompt.ids, new_tokens)
+        setting = settings[index - 1]
+        counted = generate_with(target, by_name[setting.drafter], setting.tree, prompt.ids, new_tokens)
         seconds = counted.total_seconds - counted.prefill_seconds
         return Measurement(1, counted.new_tokens - 1, seconds, counted.rounds)
 
@@ -142,14 +141,14 @@ def compare(
 ) -> dict[str, Any]:
     """Predictions beside measurements; JSON values.
 
-    ``error`` is |predicted - measured| / measured tokens per second. ``best_by_task`` says, for each task, which
+    ``error`` is |predicted - measured| / measured tokens per second; None for a dynamic tree, whose prediction is that
+    of a static one of its size. ``best_by_task`` says, for each task, which
     setting was fastest and how far the predicted best one is from it.
     """
     totals = [sum(own.values(), Measurement()) for own in measured]
     plain = totals[0]
     entries: list[dict[str, Any]] = []
     for setting, own, by_task in zip(settings, totals[1:], measured[1:], strict=True):
-        assert setting.shape is not None
         entries.append(
             {
                 "drafter": setting.drafter,
@@ -158,7 +157,7 @@ def compare(
                 "passes": setting.passes,
                 "width": setting.width,
                 "nodes": setting.nodes,
-                "tree": [list(path) for path in setting.shape.paths],
+                "tree": setting.tree,
                 "predicted": {
                     "tokens_per_round": setting.tokens,
                     "round_seconds": setting.round_seconds,
@@ -172,9 +171,10 @@ def compare(
                     "speedup": own.tokens_per_second / plain.tokens_per_second,
                 },
                 "by_task": {task: one.tokens_per_second / _plain(measured, task) for task, one in by_task.items()},
-                "error": abs(setting.tokens_per_second / own.tokens_per_second - 1),
+                "error": None if setting.dynamic else abs(setting.tokens_per_second / own.tokens_per_second - 1),
             }
         )
+    errors = [entry["error"] for entry in entries if entry["error"] is not None]
     best = max(range(len(entries)), key=lambda index: entries[index]["predicted"]["tokens_per_second"])
     return {
         "format": FORMAT,
@@ -187,8 +187,8 @@ def compare(
         "summary": {
             "settings": len(entries),
             "calls": totals[0].calls,
-            "median_error": statistics.median(entry["error"] for entry in entries),
-            "largest_error": max(entry["error"] for entry in entries),
+            "median_error": statistics.median(errors) if errors else None,
+            "largest_error": max(errors, default=None),
             "predicted_best": best,
             "best_by_task": {task: _best(entries, best, task) for task in measured[0]},
             "best": _best(entries, best, None),
@@ -208,7 +208,7 @@ def _best(entries: list[dict[str, Any]], chosen: int, task: str | None) -> dict[
         return float(entry["measured"]["speedup"] if task is None else entry["by_task"][task])
 
     fastest = max(range(len(entries)), key=speed)
-    names = ("drafter", "block_size", "passes", "width", "nodes")
+    names = ("drafter", "kind", "block_size", "passes", "width", "nodes")
     return {
         "setting": fastest,
         **{name: entries[fastest][name] for name in names},

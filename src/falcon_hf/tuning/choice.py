@@ -12,7 +12,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..runtime.tree_shape import TreeShape, chain
 from .acceptance import AcceptanceModel
@@ -74,6 +74,8 @@ class Prediction:
         round_seconds: of one round.
         tokens_per_second: E / round_seconds, the prefill left out.
         speedup: over plain decoding.
+        dynamic: the config entry of a dynamic tree that is meant instead of ``shape``, which then is the static one of
+            its size that E and seconds are of.
     """
 
     drafter: str
@@ -87,6 +89,12 @@ class Prediction:
     round_seconds: float
     tokens_per_second: float
     speedup: float
+    dynamic: dict[str, Any] | None = None
+
+    @property
+    def tree(self) -> Any:
+        """What a drafter's config calls this tree: paths, or the entry of a dynamic one; None for plain decoding."""
+        return self.dynamic or (None if self.shape is None else [list(path) for path in self.shape.paths])
 
 
 def predict(option: Option, shape: TreeShape | None, kind: str) -> Prediction:

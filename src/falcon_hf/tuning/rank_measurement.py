@@ -19,6 +19,7 @@ from ..runtime.candidate_generator import FalconCandidateGenerator
 from ..runtime.modeling_falcon_drafter import FalconDrafter
 from ..runtime.tree_shape import chain
 from .acceptance import MISS, RankRecord
+from .confidence import ConfidenceCounts, ConfidenceTables
 from .errors import TuningError
 
 
@@ -68,23 +69,22 @@ class PathDrafter(FalconCandidateGenerator):
 
         The context is left as it was.
         """
-        plan = self._plan(path.shape[1] - 1)
-        assert plan is not None  # D is at least 1
-        path = path.to(self._device)
-        features, states = self._first_pass()
+        plan = self._plan(chain(path.shape[1] - 1), path.shape[1] - 1)
+        path = path.to(self.context.device)
+        features, states = self.context.first_pass()
         for index, draft_pass in enumerate(plan.passes):
             if index > 0:
                 features, states = self._next_pass(draft_pass, path, features, states)
             yield self.drafter.logits(features[0], self._head).float()
-        self._cache.crop(self._columns)
+        self.context.forget_tree()
 
 
 @dataclass(frozen=True)
 class RankMeasurement:
-    """A record, and how far the drafter's probabilities can be trusted (see ``DrafterRecord.confidence``)."""
+    """A record, and how the chance of acceptance follows from the drafter's probability (see ``confidence.py``)."""
 
     record: RankRecord
-    confidence: tuple[float, ...]
+    confidence: ConfidenceTables
 
 
 @torch.no_grad()
@@ -107,7 +107,7 @@ def measure_ranks(
     depth = passes * k
     width = min(width, drafter.config.draft_vocab_size or drafter.config.vocab_size)
     records = []
-    hits, mass = np.zeros(depth), np.zeros(depth)
+    counts = ConfidenceCounts(depth)
     for text in texts:
         length = text.ids.shape[1]
         if length - text.prompt_length < 2:
@@ -117,11 +117,11 @@ def measure_ranks(
         generator.append(text.features[:, :root], text.ids[:, 1 : root + 1])
         # Behind the end anything will do: those ranks are overwritten below.
         padded = torch.cat((text.ids, text.ids[:, -1:].expand(1, depth)), dim=1)
-        ranks, confidences = [], []
+        ranks, chances = [], []
         while root < length - 1:
-            rank, confidence = _rank(generator, drafter, padded[:, root : root + depth + 1], width)
+            rank, chance = _rank(generator, drafter, padded[:, root : root + depth + 1], width)
             ranks.append(rank)
-            confidences.append(confidence)
+            chances.append(chance)
             generator.append(text.features[:, root : root + 1], text.ids[:, root + 1 : root + 2])
             root += 1
         # One transfer a text. A token behind the end cannot be accepted.
@@ -129,23 +129,18 @@ def measure_ranks(
         known = (length - 1) - (text.prompt_length + np.arange(len(array)))  # tokens left behind each root
         array[np.arange(depth)[None] >= known[:, None]] = MISS
         records.append(array)
-        reached = np.cumprod(np.concatenate((np.ones((len(array), 1)), array[:, :-1] >= 0), axis=1), axis=1)
-        reached *= np.arange(depth)[None] < known[:, None]
-        mass += (torch.stack(confidences).cpu().numpy() * reached).sum(0)
-        hits += ((array >= 0) * reached).sum(0)
+        counts.add(array, torch.stack(chances).cpu().numpy(), known)
     if not records:
         raise TuningError("No prompt got an answer of two tokens or more: give other prompts, or more new tokens.")
-    trust = tuple(float(h / m) if m else 1.0 for h, m in zip(hits, mass, strict=True))
-    return RankMeasurement(RankRecord(k, width, tuple(records)), trust)
+    return RankMeasurement(RankRecord(k, width, tuple(records)), counts.tables(k))
 
 
 def _rank(
     generator: PathDrafter, drafter: FalconDrafter, path: torch.Tensor, width: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``[D]`` ranks of the path's tokens, MISS from ``width`` on, and ``[D]`` probability of all ranks below it."""
+    """``[D]`` ranks of the path's tokens, MISS from ``width`` on, and ``[D, width]`` log probabilities of all ranks."""
     logits = torch.cat(list(generator.laws(path)))  # [D, draft vocabulary]
-    top = logits.topk(width, dim=-1).indices
-    confidence = logits.softmax(-1).gather(-1, top).sum(-1)
+    chances, top = logits.log_softmax(-1).topk(width, dim=-1)
     tokens = top if drafter.draft_vocab_ids is None else drafter.draft_vocab_ids[top]
     hit = tokens == path[0, 1:, None].to(tokens.device)
-    return torch.where(hit.any(-1), hit.int().argmax(-1), MISS), confidence
+    return torch.where(hit.any(-1), hit.int().argmax(-1), MISS), chances

@@ -81,8 +81,10 @@ def _python_paths(text: str, path: Path, name: str | None) -> Any:
     return found[name] if name is not None else next(iter(found.values()))
 
 
-def write_drafter_tree(folder: Path, shape: TreeShape) -> None:
-    """Make ``shape`` the tree of the drafter in ``folder``: its ``config.json``'s ``tree``, and nothing else of it.
+def write_drafter_tree(folder: Path, tree: TreeShape | dict[str, Any]) -> None:
+    """Make ``tree``, a shape or a dynamic tree's entry, the tree of the drafter in ``folder``.
+
+    Of its ``config.json`` nothing else changes, but that a static tree has no ``lookup``, which needs a dynamic one.
 
     Raises:
         TuningError: if the folder holds no Falcon drafter, or cannot be written.
@@ -94,5 +96,7 @@ def write_drafter_tree(folder: Path, shape: TreeShape) -> None:
         raise TuningError(f"{folder} is no drafter's folder: its config.json cannot be read.") from error
     if not isinstance(config, dict) or config.get("model_type") != "falcon_drafter":
         raise TuningError(f"{folder} holds no Falcon drafter.")
-    config["tree"] = [list(path) for path in shape.paths]
+    config["tree"] = [list(path) for path in tree.paths] if isinstance(tree, TreeShape) else tree
+    if isinstance(tree, TreeShape) and config.get("lookup") is not None:
+        config["lookup"] = None  # it needs a dynamic tree
     write_json(file, config, indent=2)
