@@ -20,6 +20,7 @@ Embedding and LM head are the target's; they are arguments here, never modules, 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from .repo_upload import UPLOAD_OPTIONS, upload_repo
 from .rollout import RolloutKeys, own_pairs, relaxed_causal_mask, rollout_mask
 from .routing import install
 from .statistics import GenerationStatistics
+from .tree import DraftTree
 
 FusionState = tuple[torch.Tensor, torch.Tensor]
 """LSTM state (h, c), each ``[layers, B, H]``; of zero layers for a fusion without state."""
@@ -181,6 +183,7 @@ class FalconDrafter(PreTrainedModel):
     Attributes:
         draft_vocab_ids: buffer ``[draft_vocab_size]``, ascending ids of the reduced draft vocabulary, or None.
         last_generation: statistics of the last finished call of ``generate()`` with this drafter, None before it.
+        on_round: called after each round with its tree and the visited nodes of each row, root first; None for nothing.
     """
 
     config_class = FalconDrafterConfig
@@ -194,6 +197,7 @@ class FalconDrafter(PreTrainedModel):
 
     draft_vocab_ids: torch.Tensor | None
     last_generation: GenerationStatistics | None = None
+    on_round: Callable[[DraftTree, list[list[int]]], None] | None = None
 
     def __init__(self, config: FalconDrafterConfig) -> None:
         super().__init__(config)

@@ -163,6 +163,8 @@ def decode(
                 session.keep(paths, tree.size)
             with statistics.timed("draft"):
                 pairs.add_round(session.features(outputs), paths, hold=not switch.drafts)
+            if drafter.on_round is not None:
+                drafter.on_round(tree, paths)
         stream.end()
         draws.finish()
         if len(rows) > 1:
