@@ -16,7 +16,7 @@ import torch
 
 from falcon_hf.bench.errors import BenchError
 from falcon_hf.bench.methods import Method, MethodContext, MethodResult, build_method
-from falcon_hf.bench.questions import prompt_ids, read_questions
+from falcon_hf.bench.questions import QuestionSet, prompt_ids, read_question_file, read_questions
 from falcon_hf.bench.report import render
 from falcon_hf.bench.result_file import read_result
 from falcon_hf.bench.runs import RunPlan, run
@@ -33,12 +33,13 @@ class Recorder(Method):
 
     def __init__(self, inner: Method, calls: list[str], fault: Callable[[int], BaseException | None]) -> None:
         self.inner, self.label, self.target, self.calls, self.fault = inner, inner.label, inner.target, calls, fault
+        self.may_fail = inner.may_fail  # type: ignore[misc]
         self.provenance = inner.provenance  # type: ignore[method-assign]
 
     def arguments(self) -> dict[str, Any]:
         return self.inner.arguments()
 
-    def generate(self, ids: torch.Tensor, options: dict[str, Any]) -> MethodResult:
+    def generate(self, ids: Any, options: dict[str, Any]) -> MethodResult:
         error = self.fault(len(self.calls))
         if error is not None:
             raise error
@@ -54,7 +55,7 @@ class WrongAtFive(Method):
     def arguments(self) -> dict[str, Any]:
         return {}
 
-    def generate(self, ids: torch.Tensor, options: dict[str, Any]) -> MethodResult:
+    def generate(self, ids: Any, options: dict[str, Any]) -> MethodResult:
         result = super().generate(ids, options)
         result.tokens[5] = (result.tokens[5] + 1) % 256
         return result
@@ -73,7 +74,7 @@ def runner(chat_target: Any, chat_tokenizer: Any, drafter_path: Path, question_f
     ) -> dict[str, Any]:
         context = MethodContext(chat_target, str(drafter_path))
         built = [wrap(build_method(label, context)) for label in labels]
-        whole = RunPlan(read_questions(question_file), question_file, options, **plan)
+        whole = RunPlan(read_question_file(question_file), options, **{"turns": 1, **plan})
         return run(chat_target, chat_tokenizer, [*built, *extra], whole, tmp_path / "result.json", show_progress=False)
 
     return start
@@ -163,7 +164,7 @@ def test_a_forbidden_token_is_valid_json(runner: Runner, chat_target: Any, tmp_p
         def arguments(self) -> dict[str, Any]:
             return {"bad_words_ids": None}
 
-        def generate(self, ids: torch.Tensor, options: dict[str, Any]) -> MethodResult:
+        def generate(self, ids: Any, options: dict[str, Any]) -> MethodResult:
             result = super().generate(ids, options)
             result.tokens[0] = forbidden
             return result
@@ -261,7 +262,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 from falcon_hf.bench import result_file
 from falcon_hf.bench.methods import MethodContext, build_method
-from falcon_hf.bench.questions import read_questions
+from falcon_hf.bench.questions import read_question_file
 from falcon_hf.bench.runs import RunPlan, run
 from tests.bench.tiny import byte_tokenizer
 
@@ -272,7 +273,7 @@ def killed(source, target):  # the worst moment: the new file is written, but no
         os.kill(os.getpid(), signal.SIGKILL)
     replace(source, target)
 target = AutoModelForCausalLM.from_pretrained(target_folder).eval()
-plan = RunPlan(read_questions(questions), questions, {"max_new_tokens": 8})
+plan = RunPlan(read_question_file(questions), {"max_new_tokens": 8}, turns=1)
 methods = [build_method(label, MethodContext(target)) for label in ("plain", "prompt_lookup")]
 if "kill" in os.environ.get("FALCON_TEST", ""):
     run_write = result_file.ResultFile.add
@@ -326,9 +327,9 @@ def test_refused_before_any_question(
     assert not output.exists() or read_result(output)["runs"] == []
 
 
-def test_no_question(question_file: Path) -> None:
+def test_no_question() -> None:
     with pytest.raises(BenchError, match="at least one question"):
-        RunPlan([], question_file)
+        RunPlan(QuestionSet.of("none", []))
 
 
 def test_stop_strings(runner: Runner, chat_target: Any, chat_tokenizer: Any, question_file: Path) -> None:

@@ -184,4 +184,4 @@ def test_help_has_an_example(name: str) -> None:
     assert result.exit_code == 0
     assert f"Example: falcon-hf {name} " in " ".join(result.output.split())
     if name == "bench":
-        assert "multi-turn is not there yet" in " ".join(result.output.split())
+        assert "out-of-domain/law" in " ".join(result.output.split())
