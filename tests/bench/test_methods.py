@@ -20,7 +20,7 @@ from falcon_hf.bench.errors import BenchError
 from falcon_hf.bench.memory import reset_peak
 from falcon_hf.bench.methods import METHODS, MethodContext, build_method, parse_methods
 from falcon_hf.bench.methods.base import until_end
-from falcon_hf.bench.methods.plain_compiled import CompileFailure
+from falcon_hf.bench.methods.plain_compiled import CompileError
 
 OPTIONS = {"do_sample": False, "max_new_tokens": 20}
 
@@ -333,7 +333,7 @@ def test_plain_compiled_refuses_an_unknown_mode(chat_target: Any) -> None:
 def test_plain_compiled_says_when_nothing_was_compiled(chat_target: Any, ids: torch.Tensor) -> None:
     target = copy.deepcopy(chat_target)
     target.generation_config.disable_compile = True
-    with pytest.raises(CompileFailure, match="does not compile this target"):
+    with pytest.raises(CompileError, match="does not compile this target"):
         build_method("plain_compiled", MethodContext(target)).generate(ids, OPTIONS)
 
 

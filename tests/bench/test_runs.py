@@ -311,6 +311,9 @@ def test_goes_on_after_a_kill(chat_target: Any, question_file: Path, tmp_path: P
         (GREEDY, {"seeds": ()}, "one or more"),
         (GREEDY, {"repeats": 0}, "repeats must be at least 1"),
         (GREEDY, {"warmup": -1}, "warmup at least 0"),
+        (GREEDY, {"batch_size": 0}, "batch size and the number of turns"),
+        (GREEDY, {"turns": 0}, "batch size and the number of turns"),
+        ({**GREEDY, "stop_strings": ["a"]}, {"batch_size": 2}, "use a batch size of 1"),
         ({"stopping_criteria": object()}, {}, "must be JSON values"),
         ({"temperature": float("nan"), "do_sample": True}, {}, "must be JSON values"),
         ({**GREEDY, "num_beams": 2}, {}, "falcon cannot run with these options: num_beams=2"),
@@ -340,3 +343,115 @@ def test_stop_strings(runner: Runner, chat_target: Any, chat_tokenizer: Any, que
     result = runner({"max_new_tokens": 40, "stop_strings": [stop]}, warmup=0)
     assert result["runs"][0]["new_tokens"] == text.index(stop) + 1
     assert result["summary"]["falcon"]["identical"] == 3
+
+
+def test_a_later_turn_stands_behind_plains_answer(
+    runner: Runner, chat_target: Any, chat_tokenizer: Any, question_file: Path
+) -> None:
+    """A method whose text is wrong is asked the second question behind plain's answer, as plain is."""
+    wrong = WrongAtFive("wrong", MethodContext(chat_target), {})
+    result = runner(GREEDY, extra=(wrong,), turns=None)
+    assert result["settings"]["questions"]["turns"] == 2
+    assert [(entry["turn"], entry["method"]) for entry in result["runs"][:6]] == [
+        (0, "plain"), (0, "falcon"), (0, "wrong"), (1, "falcon"), (1, "wrong"), (1, "plain"),
+    ]  # fmt: skip
+    assert len(result["runs"]) == 3 * 2 * 3
+    question = read_questions(question_file)[0]
+    plain = build_method("plain", MethodContext(chat_target))
+    first = plain.generate(prompt_ids(chat_tokenizer, question), {"do_sample": False, **GREEDY}).tokens
+    answer = chat_tokenizer.decode(first, skip_special_tokens=True).strip()
+    second = prompt_ids(chat_tokenizer, question, [answer])
+    assert {entry["prompt_tokens"] for entry in result["runs"][3:6]} == {second.shape[1]}
+    asked = plain.generate(second, {"do_sample": False, **GREEDY}).tokens
+    by_method = {entry["method"]: entry for entry in result["runs"][3:6]}
+    assert by_method["plain"]["text"] == chat_tokenizer.decode(asked, skip_special_tokens=True)
+    assert by_method["falcon"]["identical"]
+    assert by_method["wrong"]["first_difference"] == 5  # and not before: its prompt is plain's
+    assert result["summary"]["wrong"]["compared"] == 6
+    assert result["summary"]["falcon"]["identical"] == 6
+
+
+def test_texts_are_kept_where_they_differ(runner: Runner, chat_target: Any) -> None:
+    result = runner(GREEDY, extra=(WrongAtFive("wrong", MethodContext(chat_target), {}),))
+    assert {entry["method"] for entry in result["runs"] if "text" in entry} == {"plain", "wrong"}
+
+
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_batches(runner: Runner, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    together = runner(options, batch_size=2, turns=None)
+    assert [entry["batch"] for entry in together["runs"]] == [[81, 82]] * 8 + [[83]] * 4
+    assert together["settings"]["batch_size"] == 2
+    falcon = together["summary"]["falcon"]
+    assert (falcon["identical"], falcon["compared"]) == (6, 6)
+    assert falcon["speed_ratio"]["count"] == 2  # one a batch
+    assert falcon["tau_with_bonus"] == pytest.approx(falcon["tau"] + 1)
+    assert together["summary"]["plain"]["rounds"] == 11 * 4  # eleven forwards a call behind the prefill, four calls
+    assert together["summary"]["plain"]["tau_with_bonus"] == 1.0
+    assert all(entry["peak_bytes"] is None or entry["peak_bytes"] > 0 for entry in together["runs"])
+
+
+class Uncompilable(Method):
+    name = "uncompilable"
+    may_fail = True
+
+    def arguments(self) -> dict[str, Any]:
+        raise RuntimeError("no compiler\nlong trace")
+
+
+def test_a_method_that_may_fail_is_kept_as_a_finding(runner: Runner, chat_target: Any) -> None:
+    failing = Uncompilable("fast", MethodContext(chat_target), {})
+    result = runner(GREEDY, extra=(failing,), warmup=0)
+    assert result["failed"] == {"fast": "no compiler"}
+    assert list(result["summary"]) == ["plain", "falcon"]
+    assert result["complete"]
+    assert "fast" in result["settings"]["methods"]
+
+
+def test_a_method_that_must_not_fail_ends_the_run(runner: Runner, chat_target: Any) -> None:
+    class Broken(Uncompilable):
+        may_fail = False
+
+    with pytest.raises(RuntimeError, match="no compiler"):
+        runner(GREEDY, extra=(Broken("broken", MethodContext(chat_target), {}),))
+
+
+def test_no_method_runs(runner: Runner, chat_target: Any) -> None:
+    with pytest.raises(BenchError, match="No method runs here: no compiler"):
+        runner(GREEDY, labels=(), extra=(Uncompilable("fast", MethodContext(chat_target), {}),))
+
+
+def test_methods_are_told_the_longest_text(runner: Runner, chat_target: Any) -> None:
+    class Measured(Method):
+        name = "measured"
+
+        def prepare(self, longest: int) -> None:
+            self.longest = longest
+
+        def arguments(self) -> dict[str, Any]:
+            return {}
+
+    measured = Measured("measured", MethodContext(chat_target), {})
+    result = runner(GREEDY, extra=(measured,), turns=None)
+    assert measured.longest >= max(entry["prompt_tokens"] + entry["new_tokens"] for entry in result["runs"])
+
+
+def test_sessions_say_what_was_typed_and_when(runner: Runner, tmp_path: Path) -> None:
+    part = interrupted(runner, tmp_path)
+    whole = runner(GREEDY)
+    assert len(part["sessions"]) == 1
+    assert len(whole["sessions"]) == 2
+    assert all(one["command"] and one["date"] for one in whole["sessions"])
+
+
+def test_a_damaged_result_is_named(runner: Runner, tmp_path: Path) -> None:
+    interrupted(runner, tmp_path)
+    path = tmp_path / "result.json"
+    text = path.read_text()
+    path.write_text(text[: len(text) // 2])
+    with pytest.raises(BenchError, match="or is damaged: it is not JSON"):
+        runner(GREEDY)
+    content = json.loads(text)
+    del content["runs"][2]["seconds"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(BenchError, match="entry 2 of its runs is not one"):
+        runner(GREEDY)

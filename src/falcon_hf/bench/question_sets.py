@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
 from .errors import BenchError, first_line
 from .questions import Question, QuestionSet, read_question_file
@@ -48,7 +48,7 @@ def _hub_file(name: str, repo: str, file: str) -> QuestionSet:
     """A jsonl file of a Hub dataset, downloaded or from the cache."""
     try:
         path = hf_hub_download(repo, file, repo_type="dataset", etag_timeout=_HUB_TIMEOUT)
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+    except (HfHubHTTPError, EntryNotFoundError, HFValidationError, OSError, ValueError) as error:
         raise BenchError(f"The Hub does not give {file} of the dataset {repo}: {first_line(error)}") from error
     found = read_question_file(path)
     return QuestionSet(name, found.questions, found.sha256, found.size)

@@ -105,7 +105,7 @@ class Method(ABC):
         """What a reader of the results must know to repeat this method; JSON values."""
         return {"method": self.name}
 
-    def prepare(self, longest: int) -> None:
+    def prepare(self, longest: int) -> None:  # noqa: B027 - most methods have nothing to prepare
         """Called once before the run: no text, prompt included, will be longer than ``longest`` tokens."""
 
     def row_statistics(self, new_tokens: int, forwards: int, rows: int, row: int) -> dict[str, float]:

@@ -19,7 +19,6 @@ from ...runtime.tree_shape import TreeShape, chain
 from ..errors import BenchError, first_line
 from .base import Method, MethodContext
 
-
 _PAPER, _CHAIN = "paper", "chain"
 
 # Fields of a drafter's config that a run may set: those that decide how it drafts and is verified, not its weights.

@@ -15,7 +15,7 @@ from .base import Forwards, Method, MethodContext, MethodResult
 _DEFAULT_MODE = "default"
 
 
-class CompileFailure(RuntimeError):
+class CompileError(RuntimeError):
     """The target does not compile here; the message says why."""
 
 
@@ -54,14 +54,14 @@ class PlainCompiled(Method):
         """See [`Method.generate`].
 
         Raises:
-            CompileFailure: if the compiler fails, or transformers decided not to compile.
+            CompileError: if the compiler fails, or transformers decided not to compile.
         """
         try:
             result = super().generate(ids, options)
         except torch._dynamo.exc.TorchDynamoException as error:  # the backend's failures are among them
-            raise CompileFailure(str(error)) from error
+            raise CompileError(str(error)) from error
         if len(result.rows[0]) > 1 and not hasattr(self.target, "_compiled_call"):
-            raise CompileFailure("transformers does not compile this target (its cache or quantisation rules it out)")
+            raise CompileError("transformers does not compile this target (its cache or quantisation rules it out)")
         return result
 
     @contextmanager
