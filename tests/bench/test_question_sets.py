@@ -104,7 +104,7 @@ def test_the_hub_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("no network\nsecond line")
 
     monkeypatch.setattr(question_sets, "hf_hub_download", refuse)
-    with pytest.raises(BenchError, match="does not give other.jsonl of the dataset org/sets"):
+    with pytest.raises(BenchError, match=r"does not give other\.jsonl of the dataset org/sets"):
         find_questions("org/sets:other.jsonl")
     monkeypatch.setattr(question_sets, "hf_hub_download", unreachable)
     with pytest.raises(BenchError, match="no network") as caught:

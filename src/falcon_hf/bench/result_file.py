@@ -1,9 +1,9 @@
 """A result's JSON file: written whole after each question, so that a killed run goes on where it was.
 
 ``{"format": 2, "complete", "date", "finished", "sessions", "settings", "failed", "summary", "runs"}``. ``settings`` is
-everything that must be equal for a run to go on (see ``provenance.py``); ``runs`` has one entry per question, turn, seed,
-repeat and method; ``failed`` says why a method of ``settings`` has none. Format 1, which had one turn and no batches, can
-be read, not gone on with.
+everything that must be equal for a run to go on (see ``provenance.py``); ``runs`` has one entry per question, turn,
+seed, repeat and method; ``failed`` says why a method of ``settings`` has none. Format 1, which had one turn and no
+batches, can be read, not gone on with.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def read_result(path: Path | str) -> dict[str, Any]:
         raise BenchError(f"The result file {path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
         raise BenchError(
-            f"{path} is not a result of falcon-hf bench, or is damaged: it is not JSON. Choose another file, or delete it."
+            f"{path} is not a result of falcon-hf bench, or is damaged: it is not JSON. Choose another file or delete it."
         ) from error
     if not isinstance(content, dict) or not content.keys() >= _FIELDS:
         raise BenchError(f"{path} is not a result of falcon-hf bench.")

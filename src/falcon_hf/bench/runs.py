@@ -242,7 +242,7 @@ class _Caller:
                 torch.manual_seed(seed)
                 calls[method.label] = _call(method, prompts, self.options)
             history = calls.get(BASELINE, calls[self.methods[0].label])
-            where = {"turn": turn, "seed": seed, "repeat": repeat}
+            where: dict[str, Any] = {"turn": turn, "seed": seed, "repeat": repeat}
             if self.plan.batch_size > 1:
                 where["batch"] = [question.question_id for question in members]
             for row, question in enumerate(members):

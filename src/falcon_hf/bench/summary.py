@@ -20,8 +20,8 @@ Entry = dict[str, Any]
 def summarise(entries: list[Entry], labels: list[str]) -> dict[str, dict[str, Any]]:
     """Figures of the methods ``labels``, in that order; those without an entry are left out.
 
-    Sums run over all turns, seeds and repeats. ``speed_ratio`` is the spread, over questions, of tokens per second against
-    plain's; ``total_time_ratio`` is plain's whole time over the method's. Both are None without plain.
+    Sums run over all turns, seeds and repeats. ``speed_ratio`` is the spread, over questions, of tokens per second
+    against plain's; ``total_time_ratio`` is plain's whole time over the method's. Both are None without plain.
     """
     by_method = {label: [entry for entry in entries if entry["method"] == label] for label in labels}
     plain = by_method.get(BASELINE)

@@ -44,7 +44,7 @@ def bench(
     methods: Annotated[
         str,
         typer.Option(
-            help="Comma-separated, each NAME or NAME:SETTING=VALUE:..., with LABEL= before it to name it in the result. "
+            help="Comma-separated, each NAME or NAME:SETTING=VALUE:..., LABEL= before it names it in the result. "
             f"Names: {_METHOD_HELP}."
         ),
     ] = "plain,falcon",
