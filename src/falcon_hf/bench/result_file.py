@@ -125,7 +125,8 @@ def read_result(path: Path | str) -> dict[str, Any]:
         raise BenchError(f"The result file {path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
         raise BenchError(
-            f"{path} is not a result of falcon-hf bench, or is damaged: it is not JSON. Choose another file or delete it."
+            f"{path} is not a result of falcon-hf bench, or is damaged: it is not JSON. "
+            "Choose another file, or delete it."
         ) from error
     if not isinstance(content, dict) or not content.keys() >= _FIELDS:
         raise BenchError(f"{path} is not a result of falcon-hf bench.")

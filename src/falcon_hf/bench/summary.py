@@ -81,6 +81,17 @@ def _acceptance(entries: list[Entry]) -> dict[str, Any]:
     }
 
 
+def acceptance_by_position(entries: list[Entry]) -> list[float]:
+    """Share of rounds in which at least d drafts were accepted, for d = 1, 2, ...; their sum is tau.
+
+    Empty if no entry knows its rounds, or nothing was accepted.
+    """
+    lengths = [length for entry in entries for length in entry.get("accepted", ())]
+    return [
+        sum(length >= depth for length in lengths) / len(lengths) for depth in range(1, max(lengths, default=0) + 1)
+    ]
+
+
 def _agreement(entries: list[Entry]) -> dict[str, Any]:
     """Texts compared with plain's, one a question, turn and seed: identical if they were so in every repeat."""
     texts: dict[tuple[Any, ...], bool] = {}
