@@ -84,10 +84,10 @@ def test_score(result: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_refused(result: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(BenchError, match="not the question set of the result, which is sky.jsonl"):
+    with pytest.raises(BenchError, match=r"not the question set of the result, which is sky\.jsonl"):
         make_pairs(result, QuestionSet.of("other", [Question(1, "a", ("x",))]), seed=0)
+    (tmp_path / "file").write_text("")
     with pytest.raises(BenchError, match="cannot be written"):
-        (tmp_path / "file").write_text("")
         write_sheet(result, QUESTIONS, tmp_path / "file" / "sheet.html")
     for run in result["runs"]:
         run["identical"] = run["method"] != "plain" or None
