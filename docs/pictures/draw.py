@@ -32,7 +32,9 @@ def grid(axes: Any, visible: torch.Tensor, title: str, rows: list[str], columns:
     for row in range(visible.shape[0]):
         for column in range(visible.shape[1]):
             colour = SEEN if visible[row, column] else UNSEEN
-            axes.fill([column, column + 1, column + 1, column], [row, row, row + 1, row + 1], colour, ec="white", lw=1.5)
+            axes.fill(
+                [column, column + 1, column + 1, column], [row, row, row + 1, row + 1], colour, ec="white", lw=1.5
+            )
     axes.set_xlim(0, visible.shape[1])
     axes.set_ylim(visible.shape[0], 0)
     axes.set_aspect("equal")
