@@ -377,7 +377,7 @@ def test_texts_are_kept_where_they_differ(runner: Runner, chat_target: Any) -> N
 
 
 @pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_batches(runner: Runner, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches(runner: Runner, options: dict[str, Any]) -> None:
     together = runner(options, batch_size=2, turns=None)
     assert [entry["batch"] for entry in together["runs"]] == [[81, 82]] * 8 + [[83]] * 4
     assert together["settings"]["batch_size"] == 2
@@ -387,6 +387,8 @@ def test_batches(runner: Runner, options: dict[str, Any], monkeypatch: pytest.Mo
     assert falcon["tau_with_bonus"] == pytest.approx(falcon["tau"] + 1)
     assert together["summary"]["plain"]["rounds"] == 11 * 4  # eleven forwards a call behind the prefill, four calls
     assert together["summary"]["plain"]["tau_with_bonus"] == 1.0
+    assert falcon["tau_by_row"]["count"] == 6
+    assert "tau of a batch's rows" in render([together])
     assert all(entry["peak_bytes"] is None or entry["peak_bytes"] > 0 for entry in together["runs"])
 
 
@@ -455,3 +457,13 @@ def test_a_damaged_result_is_named(runner: Runner, tmp_path: Path) -> None:
     path.write_text(json.dumps(content))
     with pytest.raises(BenchError, match="entry 2 of its runs is not one"):
         runner(GREEDY)
+
+
+def test_another_law_of_drawing_is_compared_in_greedy_runs_only(runner: Runner) -> None:
+    sampled = runner(SAMPLED, labels=("plain", "prompt_lookup", "falcon"))
+    assert sampled["summary"]["prompt_lookup"]["compared"] == 0
+    assert sampled["summary"]["falcon"]["compared"] == 3
+
+
+def test_another_law_of_drawing_is_compared_when_greedy(runner: Runner) -> None:
+    assert runner(GREEDY, labels=("plain", "prompt_lookup"))["summary"]["prompt_lookup"]["identical"] == 3

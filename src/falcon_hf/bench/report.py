@@ -32,6 +32,7 @@ def render(results: Sequence[Result]) -> str:
         tables.agreement(named),
         tables.gaps(named),
         tables.positions(named),
+        tables.rows_of_batches(named),
         tables.rounds(named),
         tables.memory(named),
         "\n".join(f"- {name}: {describe(result)}" for name, result in named),
@@ -89,7 +90,7 @@ def describe(result: Result) -> str:
     ]
     parts = [
         f"{target['name']}, {target['dtype']}, {target['attention']} attention",
-        f"{where}{machine['cpu']}, {machine['threads']} threads",
+        f"{where}{machine['cpu']}, {_counted(machine['threads'], 'thread')}",
         f"{_turns(questions['turns'])} of {questions['count']} questions of {questions['file']} "
         f"(sha256 {questions['sha256'][:12]}), "
         f"{settings['options'].get('max_new_tokens', 'default')} new tokens at most, "

@@ -230,6 +230,12 @@ class _Caller:
     options: dict[str, Any]
     plan: RunPlan
 
+    @property
+    def _compared(self) -> set[str]:
+        """Methods whose text must be plain's."""
+        sampled = self.options["do_sample"]
+        return {one.label for one in self.methods if one.label != BASELINE and (one.draws_as_plain or not sampled)}
+
     def ask(self, batch: Sequence[Question], seed: int, repeat: int, first: int) -> Iterator[dict[str, Any]]:
         """The entries of a batch, one a question, turn and method; method ``first`` (modulo) begins."""
         answers: dict[int | str, list[str]] = {question.question_id: [] for question in batch}
@@ -267,7 +273,7 @@ class _Caller:
         """
         for order, (label, call) in enumerate(calls.items()):
             tokens = call.rows[row]
-            plain = calls[BASELINE].rows[row] if BASELINE in calls and label != BASELINE else None
+            plain = calls[BASELINE].rows[row] if BASELINE in calls and label in self._compared else None
             entry = {
                 "question_id": question.question_id,
                 "category": question.category,

@@ -75,9 +75,12 @@ def _acceptance(entries: list[Entry]) -> dict[str, Any]:
     return {
         "rounds": round(_total(entries, "rounds")),
         "tau": accepted / rounds if rounds else 0.0,
-        # The first token of each call is the prefill's.
-        "tau_with_bonus": (tokens - len(entries)) / rounds if rounds else 0.0,
+        # Each round gives its accepted drafts and one token of the target's own.
+        "tau_with_bonus": accepted / rounds + 1 if rounds else 0.0,
         "alpha": accepted / tokens if tokens else 0.0,
+        "tau_by_row": asdict(spread([entry["statistics"]["tau"] for entry in entries if "tau" in entry["statistics"]]))
+        if any("tau" in entry["statistics"] for entry in entries)
+        else None,
     }
 
 

@@ -84,6 +84,22 @@ def positions(named: Named) -> str:
     return _table(head, 2, rows)
 
 
+def rows_of_batches(named: Named) -> str:
+    """Spread of tau over the rows of batches; empty if no run has batches."""
+    rows = []
+    for name, result in named:
+        if result["settings"].get("batch_size", 1) == 1:
+            continue
+        for label, own in result["summary"].items():
+            taus = own.get("tau_by_row")
+            if label != BASELINE and taus is not None:
+                quartiles = f"{taus['lower_quartile']:.2f} to {taus['upper_quartile']:.2f}"
+                shown = (f"{taus['median']:.2f}", quartiles, f"{taus['min']:.2f} to {taus['max']:.2f}")
+                rows.append((name, label, str(taus["count"]), *shown))
+    head = ("run", "tau of a batch's rows", "rows", "median", "quartiles", "range")
+    return _table(head, 2, rows) if rows else ""
+
+
 def memory(named: Named) -> str:
     """Peak memory of a call: of the process on a CPU, of torch on a CUDA device; empty where it was not measured."""
     rows = []

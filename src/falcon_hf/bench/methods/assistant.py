@@ -23,6 +23,7 @@ class Assistant(Method):
         "model": "folder or Hub repo of a smaller model with the target's vocabulary",
         "tokens": "drafts a round, transformers' own schedule by default",
     }
+    prefill_drafts = True
     draws_as_plain = False
 
     def __init__(self, label: str, context: MethodContext, settings: dict[str, str]) -> None:

@@ -74,14 +74,16 @@ class Method(ABC):
         settings: the settings it takes, each with what it is.
         needs_drafter: whether it cannot do without a Falcon drafter.
         may_fail: whether failing on a machine is a finding, kept with the result while the other methods go on.
-        draws_as_plain: whether a sampled text must be plain's with the same seed.
+        prefill_drafts: whether the forward over the prompt verifies drafts already, as transformers' assistants' does.
+        draws_as_plain: whether a sampled text must be plain's with the same seed; if not, the two are not compared.
     """
 
     name: ClassVar[str]
     settings: ClassVar[dict[str, str]] = {}
     needs_drafter: ClassVar[bool] = False
     may_fail: ClassVar[bool] = False
-    draws_as_plain: ClassVar[bool] = True
+    prefill_drafts: ClassVar[bool] = False
+    draws_as_plain: bool = True
 
     def __init__(self, label: str, context: MethodContext, settings: dict[str, str]) -> None:
         """``settings`` has keys of the class's own only; values are as typed.
@@ -111,15 +113,17 @@ class Method(ABC):
     def row_statistics(self, new_tokens: int, forwards: int, rows: int, row: int) -> dict[str, float]:
         """Counts of one row of the call that just ended, from the target's forwards.
 
-        The first forward counts as the prefill, even where it verifies drafts too, as prompt lookup's does.
+        A round is a forward that verifies; the prefill is none, unless it carries drafts.
         """
-        rounds = min(forwards - 1, max(new_tokens - 1, 0))  # a row that has ended takes part in no round
+        prefills = 0 if self.prefill_drafts else 1
+        rounds = min(forwards, max(new_tokens, 0)) - prefills  # a row that has ended takes part in no round
         accepted = max(new_tokens - forwards, 0)
         counted = GenerationStatistics(
             rounds=rounds, row_rounds=rounds, accepted=accepted, new_tokens=new_tokens
         ).as_dict()
-        shown = ("row_rounds", "accepted", "new_tokens", "tau", "tau_with_bonus", "alpha")
-        return {"rounds": (forwards - 1) / rows, **{name: counted[name] for name in shown}}
+        shown = {name: counted[name] for name in ("row_rounds", "accepted", "new_tokens", "tau", "alpha")}
+        bonus = counted["tau"] + 1 if rounds > 0 else 0.0
+        return {"rounds": (forwards - prefills) / rows, **shown, "tau_with_bonus": bonus}
 
     def accepted_by_round(self) -> list[list[int]] | None:
         """For each row of the call that just ended, the accepted drafts of each round, if the method knows."""

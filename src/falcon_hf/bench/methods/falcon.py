@@ -55,6 +55,7 @@ class Falcon(Method):
         if "tree" in settings:
             tree = named_tree(settings["tree"], self.drafter.config.block_size)
         self._configure({**self.overrides, **({} if tree is None else {"tree": tree})})
+        self.draws_as_plain = self.drafter.config.verifier == "follow"
         try:
             self.shape = tree_shape(self.drafter)
         except ValueError as error:
