@@ -17,6 +17,7 @@ PAGES = {
     "tuning.md": "Tuning k and the tree",
     "publishing.md": "Publishing a drafter",
     "measuring.md": "Measuring",
+    "results.md": "Results",
     "conformance.md": "What works where",
     "faq.md": "Questions",
 }

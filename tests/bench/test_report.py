@@ -197,6 +197,14 @@ def test_a_method_that_did_not_run_has_a_row_and_a_reason(result: dict[str, Any]
     assert "`plain_compiled` did not run: no compiler" in report
 
 
+def test_brief_is_speed_and_agreement(result: dict[str, Any]) -> None:
+    brief, full = render([result], brief=True), render([result])
+    name = "mt_bench, bfloat16, greedy"
+    assert len(row(brief, name, "falcon")) == 2
+    assert len(row(full, name, "falcon")) == 4
+    assert set(brief.splitlines()) <= set(full.splitlines())
+
+
 def test_turns_and_batches_are_named(result: dict[str, Any]) -> None:
     result["settings"]["questions"]["turns"] = 2
     result["settings"]["batch_size"] = 4

@@ -13,8 +13,12 @@ from .tables import Result
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
-def render(results: Sequence[Result]) -> str:
+def render(results: Sequence[Result], brief: bool = False) -> str:
     """The report on one or several results (contents of result files), in the order given.
+
+    Args:
+        results: at least one.
+        brief: only speed, agreement and provenance, for the first page of a project.
 
     Raises:
         BenchError: if there is no result, or one has no finished question.
@@ -25,16 +29,12 @@ def render(results: Sequence[Result]) -> str:
         if not result["summary"]:
             raise BenchError("A result has no finished question yet; let falcon-hf bench go on.")
     named = list(zip(names(results), results, strict=True))
+    in_full = (tables.tasks, tables.gaps, tables.positions, tables.rows_of_batches, tables.rounds, tables.memory)
     parts = [
         tables.speed(named),
         _SPEED_NOTE,
-        tables.tasks(named),
         tables.agreement(named),
-        tables.gaps(named),
-        tables.positions(named),
-        tables.rows_of_batches(named),
-        tables.rounds(named),
-        tables.memory(named),
+        *(table(named) for table in in_full if not brief),
         "\n".join(f"- {name}: {describe(result)}" for name, result in named),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -24,6 +24,7 @@ def report(
     check: Annotated[
         bool, typer.Option("--check", help="Write nothing; exit with 1 if the --update file differs.")
     ] = False,
+    brief: Annotated[bool, typer.Option("--brief", help="Only the tables of speed and agreement.")] = False,
     plots: Annotated[Path | None, typer.Option(help="Draw the results into this folder, as PNG files.")] = None,
     sheet: Annotated[
         Path | None,
@@ -46,7 +47,7 @@ def report(
         if sheet is not None and (questions is None or len(results) != 1):
             raise BenchError("--sheet takes one result, and --questions with its question set.")
         contents = [read_result(path) for path in results]
-        text = render(contents)
+        text = render(contents, brief)
         if check and update is None:
             raise BenchError("--check compares with a file: add --update FILE.")
         differs = update is not None and update_file(update, text, check)
