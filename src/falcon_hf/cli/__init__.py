@@ -7,11 +7,11 @@ from typing import Annotated
 import typer
 
 from ..version import __version__
-from . import bench, demo, generate, report
+from . import bench, demo, distill, generate, report, train
 
 # Plain help: rich's boxes leave the many options of a command no room.
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-for command in (demo.demo, generate.generate, bench.bench, report.report):
+for command in (demo.demo, generate.generate, distill.distill, bench.bench, report.report, train.train):
     app.command()(command)
 
 
