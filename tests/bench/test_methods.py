@@ -223,6 +223,27 @@ def test_named_trees(chat_target: Any, drafter_path: Path) -> None:
         build_method("falcon:tree=chain0", context)
 
 
+def test_dynamic_trees(chat_target: Any, drafter_path: Path, tmp_path: Path, ids: torch.Tensor) -> None:
+    context = MethodContext(chat_target, str(drafter_path))
+    method: Any = build_method("falcon:tree=dynamic5", context)
+    found = method.provenance()
+    assert (found["tree"]["kind"], found["tree_nodes"], found["tree_depth"]) == ("dynamic", 5, 4)
+    json.dumps(found)
+    assert method.generate(ids, OPTIONS).tokens == build_method("plain", context).generate(ids, OPTIONS).tokens
+    path = tmp_path / "tuned.json"
+    path.write_text(json.dumps({"tree": {"kind": "dynamic", "nodes": 7, "passes": 1}}), encoding="utf-8")
+    assert build_method(f"falcon:tree={path}", context).provenance()["tree_depth"] == 2
+    path.write_text('{"kind": "dynamic", "passes": 1}', encoding="utf-8")
+    with pytest.raises(BenchError, match="has kind 'dynamic' and nodes"):
+        build_method(f"falcon:tree={path}", context)
+
+
+def test_the_verifier_rejection_draws_otherwise(chat_target: Any, drafter_path: Path) -> None:
+    context = MethodContext(chat_target, str(drafter_path))
+    assert not build_method("falcon:verifier=rejection", context).draws_as_plain
+    assert build_method("falcon", context).draws_as_plain
+
+
 def test_fields_of_the_drafters_config(chat_target: Any, drafter_path: Path) -> None:
     context = MethodContext(chat_target, str(drafter_path))
     method: Any = build_method("falcon:logit_scale=0.5:verifier=follow", context)

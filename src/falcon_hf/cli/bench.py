@@ -9,9 +9,10 @@ from typing import Annotated, Any
 import typer
 from rich.markdown import Markdown
 
+from ..bench.draft_trees import read_tree
 from ..bench.errors import BenchError
 from ..bench.methods import METHODS, MethodContext, MethodSpec, build_method, parse_methods
-from ..bench.methods.falcon import drafter_folder, read_tree
+from ..bench.methods.falcon import drafter_folder
 from ..bench.question_sets import NAMES, find_questions
 from ..bench.report import render
 from ..bench.result_file import read_result

@@ -202,7 +202,7 @@ def _numbers(name: str, text: str) -> list[int]:
 
 def _read_tree(path: Path) -> list[list[int]]:
     from ..bench.errors import BenchError
-    from ..bench.methods.falcon import read_tree
+    from ..bench.draft_trees import read_tree
 
     try:
         return [list(branch) for branch in read_tree(str(path))]

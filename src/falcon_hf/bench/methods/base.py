@@ -23,12 +23,12 @@ class MethodContext:
     Attributes:
         target: in evaluation mode, on its device.
         drafter: folder or Hub repo of the Falcon drafter.
-        tree: paths of child ranks that replace the drafter's own tree.
+        tree: replaces the drafter's own, as its config holds it (see ``draft_trees.py``).
     """
 
     target: PreTrainedModel
     drafter: str | None = None
-    tree: list[list[int]] | None = None
+    tree: list[list[int]] | dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,12 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ...drafter_loading import DrafterError, load_drafter
-from ...runtime.candidate_generator import tree_shape
+from ...runtime.candidate_generator import drafter_tree
 from ...runtime.configuration_falcon_drafter import FalconDrafterConfig
 from ...runtime.statistics import GenerationStatistics
-from ...runtime.tree_shape import TreeShape, chain
+from ..draft_trees import describe_tree, named_tree
 from ..errors import BenchError, first_line
 from .base import Method, MethodContext
-
-_PAPER, _CHAIN = "paper", "chain"
 
 # Fields of a drafter's config that a run may set: those that decide how it drafts and is verified, not its weights.
 _FIELDS = set(FalconDrafterConfig.__annotations__) - {"model_type"}
@@ -33,7 +31,7 @@ class Falcon(Method):
     name = "falcon"
     settings = {
         "drafter": "folder or Hub repo, --drafter by default",
-        "tree": "paper, chainN, or a JSON file of paths; --tree by default, else the drafter's own",
+        "tree": "paper, chainN, dynamicN (N nodes), or a JSON file; --tree by default, else the drafter's own",
         "FIELD": "any other field of the drafter's config that leaves its weights alone, such as verifier",
     }
     needs_drafter = True
@@ -57,7 +55,7 @@ class Falcon(Method):
         self._configure({**self.overrides, **({} if tree is None else {"tree": tree})})
         self.draws_as_plain = self.drafter.config.verifier == "follow"
         try:
-            self.shape = tree_shape(self.drafter)
+            self.tree = drafter_tree(self.drafter)
         except ValueError as error:
             raise BenchError(f"{label}: {first_line(error)}") from error
 
@@ -94,9 +92,7 @@ class Falcon(Method):
             "block_size": config.block_size,
             "fusion": config.fusion,
             "draft_vocab_size": config.draft_vocab_size,
-            "tree": [list(path) for path in self.shape.paths],
-            "tree_nodes": self.shape.size - 1,
-            "tree_depth": self.shape.depth,
+            **describe_tree(self.tree, config.block_size),
             **({"config": self.overrides} if self.overrides else {}),
         }
 
@@ -170,33 +166,3 @@ def _reason(error: BaseException) -> str:
     """The line of an error that says what is wrong: a strict config's first only names the field."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:2]) if lines else type(error).__name__
-
-
-def named_tree(name: str, block_size: int) -> list[list[int]]:
-    """The tree called ``paper`` (of that block size) or ``chainN`` (the likeliest N tokens), else a file's.
-
-    Raises:
-        BenchError: if it is a file that cannot be read or holds no tree.
-    """
-    length = name.removeprefix(_CHAIN)
-    if name == _PAPER:
-        shape = TreeShape.paper(block_size)
-    elif name.startswith(_CHAIN) and length.isdecimal() and int(length) > 0:
-        shape = chain(int(length))
-    else:
-        return read_tree(name)
-    return [list(path) for path in shape.paths]
-
-
-def read_tree(path: str) -> list[list[int]]:
-    """Paths of child ranks, ``[[0], [1], [0, 0]]``, from a JSON file.
-
-    Raises:
-        BenchError: if the file cannot be read or holds no tree.
-    """
-    try:
-        paths = json.loads(Path(path).read_text(encoding="utf-8"))
-        return [list(kept) for kept in TreeShape.from_paths(paths).paths]
-    except (OSError, ValueError, TypeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
-        raise BenchError(f"The tree file {path} cannot be used: {reason}") from error
