@@ -201,8 +201,8 @@ def _numbers(name: str, text: str) -> list[int]:
 
 
 def _read_tree(path: Path) -> Any:
-    from ..bench.errors import BenchError
     from ..bench.draft_trees import read_tree
+    from ..bench.errors import BenchError
 
     try:
         return read_tree(str(path))
