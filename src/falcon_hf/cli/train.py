@@ -200,12 +200,12 @@ def _numbers(name: str, text: str) -> list[int]:
         fail(f"{name} is a comma-separated list of whole numbers, got {text!r}.")
 
 
-def _read_tree(path: Path) -> list[list[int]]:
+def _read_tree(path: Path) -> Any:
+    from ..bench.draft_trees import read_tree
     from ..bench.errors import BenchError
-    from ..bench.methods.falcon import read_tree
 
     try:
-        return [list(branch) for branch in read_tree(str(path))]
+        return read_tree(str(path))
     except BenchError as error:
         fail(str(error))
 
