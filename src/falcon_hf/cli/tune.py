@@ -110,6 +110,7 @@ def tune(
                 _set_attention(model, attention)
             asked = read_prompts(prompts, tokenizer, num_prompts)
             drafters = [_drafter(source, model) for source in sources]
+            digest = hashlib.sha256(prompts.read_bytes()).hexdigest()
             provenance = {
                 "versions": versions(),
                 "machine": machine(model.device),
