@@ -2,7 +2,7 @@
 
 The gradient of KL(p || p^) with respect to f^ is (p^ - p) W, and p W does not depend on the drafter. So a position's
 law p over the draft vocabulary comes down to its *mean head row* p W ``[H]``, its negative entropy sum(p log p), and
-its likeliest token. With them a step needs two products with the head instead of three and one softmax instead of two: by
+its likeliest token. With them a step needs two products with the head instead of three, one softmax instead of two: by
 the arithmetic of a step of k = 2 (hidden size 576, 8,192 draft tokens, one layer) 70 GFLOP become 60. Top-k lists would
 cost as much time and be inexact. Not for heads with a softcap, whose logits are not linear in f^.
 """
