@@ -20,6 +20,8 @@ from falcon_hf.training.features import (
     free_bytes,
     target_digest,
 )
+from falcon_hf.training.laws import LawCache, compute_laws
+from falcon_hf.training.losses import DraftHead
 
 from .conftest import VOCAB, make_text
 
@@ -169,3 +171,26 @@ def test_a_damaged_index(target, tiny_text, tmp_path):
 
 def test_free_bytes_of_a_folder_that_is_not_there_yet(tmp_path):
     assert free_bytes(tmp_path / "a" / "b") == pytest.approx(free_bytes(tmp_path), rel=0.1)
+
+
+def test_laws_lie_beside_the_features(target, tiny_text, tmp_path):
+    """Shard by shard, for each draft vocabulary; a truncated one is made anew."""
+    cache = build(tmp_path, target, tiny_text, shard_bytes=SHARD)
+    weight = target.lm_head.weight.detach()
+    for ids in (range(24), range(4, 20)):
+        head = DraftHead(weight[list(ids)].bfloat16())
+        laws = LawCache.build(cache, head)
+        for row in (0, 11, 39):
+            expected = compute_laws(cache.rows(row), head)
+            held = laws.rows(row)
+            assert torch.equal(held["mean_rows"], expected.mean_rows)
+            assert torch.equal(held["labels"], expected.labels)
+            assert torch.allclose(held["negentropy"], expected.negentropy)
+    folders = sorted(tmp_path.glob("laws-*"))
+    assert len(folders) == 2
+    shard = folders[0] / "laws-00001.safetensors"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-9])
+    for ids in (range(24), range(4, 20)):
+        LawCache.build(cache, DraftHead(weight[list(ids)].bfloat16()))
+    assert shard.read_bytes() == content

@@ -14,6 +14,8 @@ from falcon_hf.training.arguments import FalconTrainingArguments
 from falcon_hf.training.batches import DialogueDataset
 from falcon_hf.training.features import FeatureCache, cache_key
 from falcon_hf.training.initialisation import near_identity_start
+from falcon_hf.training.laws import LawCache
+from falcon_hf.training.losses import DraftHead
 from falcon_hf.training.trainer import FalconTrainer
 
 from .conftest import VOCAB, make_text
@@ -144,6 +146,20 @@ def test_features_on_the_fly_are_the_cached_ones(tiny_target, tiny_drafter, tiny
         train(fresh(tiny_drafter, target), target, tiny_text, tmp_path, None, cache, noise=0.0, glance_lambda=0.0)
     )
     assert list(cached.values()) == pytest.approx(list(live.values()), rel=0.01)
+
+
+def test_cached_laws_are_the_same_curve(tiny_target, tiny_drafter, tiny_text, tmp_path):
+    target = tiny_target(VOCAB)
+    cache = FeatureCache.build(tmp_path / "cache", target, tiny_text, cache_key(target, tiny_text, 512, None))
+    laws = LawCache.build(cache, DraftHead(target.lm_head.weight.detach()))
+    curves = []
+    for of in (None, laws):
+        data = DialogueDataset(tiny_text, cache, 0, of)
+        given = {"vocabulary_weight": 1.0, "rollout_passes": 2, "rollout_start": 0.0}
+        trainer = FalconTrainer(fresh(tiny_drafter, target), arguments(tmp_path, **given), target, data)
+        trainer.train()
+        curves.append(list(losses(trainer).values()))
+    assert curves[1] == pytest.approx(curves[0], rel=2e-3)
 
 
 def test_accumulated_batches_are_one_batch(tiny_target, tiny_drafter, tmp_path):

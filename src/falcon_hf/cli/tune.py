@@ -117,7 +117,7 @@ def tune(
                 "target": describe_target(model),
                 "prompts": {
                     "file": prompts.name,
-                    "sha256": hashlib.sha256(prompts.read_bytes()).hexdigest(),
+                    "sha256": digest,
                     "count": len(asked),
                 },
                 "plan": {name: getattr(plan, name) for name in plan.__dataclass_fields__},

@@ -258,9 +258,10 @@ class FalconTrainer(Trainer):
         total = torch.zeros((), device=targets.device)
         for number, (estimates, index, weight) in enumerate(zip(outputs, wanted, weights, strict=True), start=1):
             features = targets.index_select(0, index)
+            laws = features if pairs.laws is None else pairs.laws.take(index)
             smooth = feature_loss(estimates, features, args.smooth_l1_beta)
             vocabulary, sums, agree = vocabulary_loss(
-                estimates, features, self._head, args.kl_weight, args.ce_weight, args.vocabulary_chunk
+                estimates, laws, self._head, args.kl_weight, args.ce_weight, args.vocabulary_chunk
             )
             total = total + weight * (args.feature_weight * smooth + args.vocabulary_weight * vocabulary)
             rows = max(1, len(index))
