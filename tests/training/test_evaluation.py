@@ -25,14 +25,20 @@ def evaluated(drafter, target, text, tmp_path, batch_size=5):
 
 
 @pytest.mark.parametrize(
-    ("block_size", "fusion", "layers"),
-    [(1, "linear", 1), (2, "linear", 1), (3, "linear", 1), (2, "lstm_stateless", 1), (4, "linear", 1)],
+    ("block_size", "fusion", "config"),
+    [
+        (1, "linear", {}),
+        (2, "linear", {"feature_layers": [1, 2]}),
+        (3, "linear", {"embedding_scale": 2.0}),
+        (2, "lstm_stateless", {}),
+        (4, "linear", {"draft_vocab_size": 20}),
+    ],
 )
-def test_simulated_acceptance_is_that_of_generate(tiny_target, tiny_drafter, tmp_path, block_size, fusion, layers):
+def test_simulated_acceptance_is_that_of_generate(tiny_target, tiny_drafter, tmp_path, block_size, fusion, config):
     """Rounds and tokens of greedy decoding with the real tree, to the last one."""
     target = tiny_target(VOCAB)
     tree = bushy_tree(VOCAB, depth=4, budget=3)
-    drafter = tiny_drafter(target, block_size, fusion, tree=tree, num_hidden_layers=layers)
+    drafter = tiny_drafter(target, block_size, fusion, tree=tree, **config)
     text = make_text(target, 5, seed=9)
     tokens = rounds = 0
     for row in range(len(text)):
@@ -54,7 +60,7 @@ def test_simulated_acceptance_is_that_of_generate(tiny_target, tiny_drafter, tmp
     assert metrics["eval_tau_with_bonus"] == pytest.approx(tokens / rounds, rel=1e-9)
     assert metrics["eval_tau"] == pytest.approx(tokens / rounds - 1, rel=1e-9)
     # The control: other drafters are not as good by accident.
-    others = [tiny_drafter(target, block_size, fusion, seed=seed, tree=tree) for seed in (5, 6, 7)]
+    others = [tiny_drafter(target, block_size, fusion, seed=seed, tree=tree, **config) for seed in (5, 6, 7)]
     taus = [evaluated(other, target, text, tmp_path)["eval_tau"] for other in others]
     assert any(tau != pytest.approx(metrics["eval_tau"], rel=1e-6) for tau in taus)
 

@@ -73,8 +73,9 @@ def train(
     ] = 0.125,
     noise: Annotated[float, typer.Option(help="Uniform noise on input features.")] = 0.1,
     rollout_passes: Annotated[
-        int, typer.Option(min=1, help="Passes in training; from the second on over the drafter's own features.")
-    ] = 2,
+        int | None,
+        typer.Option(min=1, help="Passes in training, later ones over own features. [default: 2; 1 for an lstm]"),
+    ] = None,
     rollout_share: Annotated[float, typer.Option(help="Share of the rows that go on to further passes.")] = 0.25,
     rollout_start: Annotated[float, typer.Option(help="Share of the training before further passes begin.")] = 0.4,
     eval_every: Annotated[int, typer.Option(min=1, help="Steps between evaluations.")] = 500,
@@ -126,7 +127,7 @@ def train(
         "glance_lambda": glance_lambda,
         "first_pass_share": first_pass_share,
         "noise": noise,
-        "rollout_passes": rollout_passes,
+        "rollout_passes": (1 if fusion == "lstm" else 2) if rollout_passes is None else rollout_passes,
         "rollout_share": rollout_share,
         "rollout_start": rollout_start,
         "logging_steps": log_every,

@@ -25,6 +25,7 @@ from .csgd import (
     hamming_distance,
     replace_coupled,
 )
+from .errors import TrainingError
 from .evaluation import EvaluationPlan, Tally, evaluate_batch
 from .features import compute_features
 from .losses import DraftHead, feature_loss, vocabulary_loss
@@ -59,10 +60,15 @@ class FalconTrainer(Trainer):
         eval_dataset: Dataset[Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        drafter: Any = model  # a peft model hands its drafter's attributes on
+        if args.rollout_passes > 1 and drafter.config.fusion == "lstm":
+            raise TrainingError(
+                "A rollout would have to carry the LSTM's states from pass to pass: train with rollout_passes=1, or "
+                "with fusion 'linear' or 'lstm_stateless'."
+            )
         kwargs.setdefault("data_collator", collate)
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         self.loss_is_scaled_for_ga = False  # a mean over the batch: Trainer divides by the accumulation steps
-        drafter: Any = model  # of a peft model, too, these are the drafter's
         self._config: Any = drafter.config
         if hasattr(self._config, "use_cache"):
             del self._config.use_cache  # Trainer's; our config has no such field, and would not load with it
