@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 
 @dataclass
@@ -26,6 +26,7 @@ class GenerationStatistics:
         prefill_seconds, draft_seconds, verify_seconds, walk_seconds, cache_seconds: phases; the walk includes
             processors, the choice of tokens, stopping criteria and the streamer.
         total_seconds: the whole decoding, prefill included.
+        accepted_by_round: for each row, the accepted drafts of each of its rounds; not in [`as_dict`].
     """
 
     rows: int = 1
@@ -41,6 +42,10 @@ class GenerationStatistics:
     walk_seconds: float = 0.0
     cache_seconds: float = 0.0
     total_seconds: float = 0.0
+    accepted_by_round: list[list[int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.accepted_by_round = self.accepted_by_round or [[] for _ in range(self.rows)]
 
     @property
     def tau(self) -> float:
@@ -70,11 +75,16 @@ class GenerationStatistics:
         self.row_rounds += len(walked)
         self.drafted += (tree_size - 1) * len(walked)
         self.accepted += sum(len(path) - 1 for path in walked)
+        for lengths, path in zip(self.accepted_by_round, paths, strict=True):
+            if path:
+                lengths.append(len(path) - 1)
 
     def as_dict(self) -> dict[str, float]:
-        """All fields and derived figures, ready for JSON."""
+        """All counts, times and derived figures, ready for JSON."""
         derived = ("tau", "tau_with_bonus", "alpha", "other_seconds")
-        return asdict(self) | {name: getattr(self, name) for name in derived}
+        fields = asdict(self) | {name: getattr(self, name) for name in derived}
+        del fields["accepted_by_round"]
+        return fields
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:

@@ -27,7 +27,7 @@ from .outputs import StreamedRows, gather_output
 from .rejection import SiblingDraws
 from .speculation_switch import SpeculationSwitch
 from .statistics import GenerationStatistics
-from .target import check_target, family
+from .target import check_target, family, last_device
 from .target_attention import under_tree_attention
 from .target_session import TargetSession
 from .tree import DraftTree
@@ -104,6 +104,7 @@ def decode(
 ) -> torch.Tensor | GenerateDecoderOnlyOutput:
     """Generate from ``input_ids`` ``[B, P]``; everything as ``generate()`` hands it to a decoding method.
 
+    If the target is spread over devices, the drafter moves to the last one, where its features are made.
     With ``synced_gpus`` (ZeRO-3, FSDP) every round is one target forward on every device, until all have finished.
     ``tokenizer`` has served in the stopping criteria, and ``inputs_tensor`` is for encoders.
 
@@ -115,6 +116,8 @@ def decode(
             different times without a padding token.
     """
     check_row_ends(input_ids.shape[0], stopping_criteria, generation_config)
+    if (device := last_device(target)) is not None:
+        drafter.to(device)
     statistics = GenerationStatistics(rows=input_ids.shape[0])
     with statistics.timed("total"):
         draws = Draws(input_ids.shape[0])
@@ -160,6 +163,8 @@ def decode(
                 session.keep(paths, tree.size)
             with statistics.timed("draft"):
                 pairs.add_round(session.features(outputs), paths, hold=not switch.drafts)
+            if drafter.on_round is not None:
+                drafter.on_round(tree, paths)
         stream.end()
         draws.finish()
         if len(rows) > 1:
