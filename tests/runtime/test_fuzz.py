@@ -59,6 +59,20 @@ def random_tree(draw: random.Random, block_size: int) -> list[list[int]]:
     return paths
 
 
+def random_dynamic_tree(draw: random.Random) -> dict[str, Any]:
+    """A dynamic tree, and in half of the cases a lookup beside it."""
+    tree = {
+        "kind": "dynamic",
+        "nodes": draw.randint(1, 24),
+        "passes": draw.randint(1, 3),
+        "width": draw.randint(1, 5),
+        "candidates": draw.randint(1, 10),
+        "pass_cost": draw.choice([None, None, 0.1]),
+    }
+    lookup = {"length": draw.randint(1, 8), "min_match": draw.randint(1, 3)}
+    return {"tree": tree, "lookup": draw.choice([None, lookup])}
+
+
 def draw_case(seed: int) -> dict[str, Any]:
     """Everything about one case, from its seed."""
     draw = random.Random(seed)
@@ -80,7 +94,7 @@ def draw_case(seed: int) -> dict[str, Any]:
         "fusion": draw.choice(FUSIONS),
         "layers": draw.choice([1, 1, 2]),
         "draft_vocabulary": draw.choice([None, 12]),
-        "tree": random_tree(draw, block_size),
+        "tree": random_dynamic_tree(draw) if draw.random() < 0.4 else {"tree": random_tree(draw, block_size)},
         "lengths": tuple(draw.randint(1, 40) for _ in range(rows)),
         "cache": draw.choice(caches),
         "options": options,
@@ -98,7 +112,8 @@ def test_random_configurations(chunk, tiny_drafter):
             target,
             block_size=case["block_size"],
             fusion=case["fusion"],
-            tree=case["tree"],
+            auto_off=seed % 5 == 0,
+            **case["tree"],
             num_hidden_layers=case["layers"],
             draft_vocab_size=case["draft_vocabulary"],
             intermediate_size=96,
