@@ -62,7 +62,8 @@ def check_table(result: dict[str, Any]) -> None:
     for task, best in [("all", summary["best"]), *summary["best_by_task"].items()]:
         stdout.print(
             f"Fastest on {task or 'the prompts'}: {best['kind']}, k = {best['block_size']}, m = {best['passes']}, "
-            f"N = {best['nodes']} ({best['speedup']:.2f}x); the predicted best is {best['chosen_falls_short_by']:.1%} slower.",
+            f"N = {best['nodes']} ({best['speedup']:.2f}x); the predicted best is "
+            f"{best['chosen_falls_short_by']:.1%} slower.",
             soft_wrap=True,
         )
 
