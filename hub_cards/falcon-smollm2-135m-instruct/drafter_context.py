@@ -62,7 +62,8 @@ class DrafterContext:
         ``lengths`` says how many of the S each row has, from the first on; all of them by default.
         """
         embeddings = input_embeddings(self.target, tokens)
-        self._append(features.to(self.device, self.dtype), embeddings.to(self.device, self.dtype), lengths)
+        features = self.drafter.combine(features.to(self.device, self.dtype))
+        self._append(features, embeddings.to(self.device, self.dtype), lengths)
 
     def _append(self, features: torch.Tensor, embeddings: torch.Tensor, lengths: list[int] | None) -> None:
         added = features.shape[1]

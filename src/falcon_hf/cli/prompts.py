@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..bench.errors import BenchError
-from ..bench.questions import prompt_ids, read_questions
+from ..bench.questions import prompt_ids, read_question_file
 from ..tuning.calibrate import Prompt
 from ..tuning.errors import TuningError
 
@@ -34,7 +34,7 @@ def read_prompts(path: Path, tokenizer: Any, limit: int | None = None) -> list[P
         raise TuningError(f"The prompts {path} cannot be read: {reason}.") from error
     if path.suffix != ".txt" and not (lines and '"prompt"' in lines[0]):
         try:
-            questions = read_questions(path, limit)
+            questions = read_question_file(path).first(limit).questions
             return [Prompt(prompt_ids(tokenizer, question), question.category) for question in questions]
         except BenchError as error:
             raise TuningError(str(error)) from error

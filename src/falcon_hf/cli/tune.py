@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +11,7 @@ import typer
 
 from ..bench.errors import BenchError
 from ..bench.methods.falcon import drafter_folder, weights_sha256
-from ..bench.provenance import describe_target, file_sha256, machine, versions
+from ..bench.provenance import describe_target, machine, versions
 from ..tuning.calibrate import CalibrationPlan, NamedDrafter, calibrate
 from ..tuning.calibration import Calibration
 from ..tuning.check import SWEEP_NODES, compare, measure, spread_settings, sweep_settings, write_check
@@ -118,11 +119,16 @@ def tune(
                 _set_attention(model, attention)
             asked = read_prompts(prompts, tokenizer, num_prompts)
             drafters = [_drafter(source, model) for source in sources]
+            digest = hashlib.sha256(prompts.read_bytes()).hexdigest()
             provenance = {
                 "versions": versions(),
                 "machine": machine(model.device),
                 "target": describe_target(model),
-                "prompts": {"file": prompts.name, "sha256": file_sha256(prompts), "count": len(asked)},
+                "prompts": {
+                    "file": prompts.name,
+                    "sha256": digest,
+                    "count": len(asked),
+                },
                 "plan": {name: getattr(plan, name) for name in plan.__dataclass_fields__},
             }
             calibration = _stored(output, provenance, drafters)

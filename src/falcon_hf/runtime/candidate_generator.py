@@ -66,7 +66,9 @@ class FalconCandidateGenerator:
         self._calibration = None if calibration is None else calibration.tensors(self.context.device)
         self.lookup = drafter_lookup(drafter)
         if self.lookup is not None and not isinstance(self.shape, DynamicTree):
-            raise ValueError(LOOKUP_NEEDS_SCORES)
+            if shape is None:
+                raise ValueError(LOOKUP_NEEDS_SCORES)
+            self.lookup = None  # a chain, for a target that verifies nothing else
         self._head = drafter.draft_head(head_weight(target)).to(drafter.device, drafter.dtype)
 
     def append(self, features: torch.Tensor, tokens: torch.Tensor, lengths: list[int] | None = None) -> None:

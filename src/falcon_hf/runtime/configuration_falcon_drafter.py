@@ -18,6 +18,8 @@ from .tree_shape import TreeShape
 FUSIONS = ("lstm", "lstm_stateless", "linear")
 VERIFIERS = ("follow", "rejection")
 MAX_BLOCK_SIZE = 8
+FORMAT_VERSION = 1
+"""Of config and weights; a repo with a higher one was saved by a newer falcon_hf."""
 
 # What transformers itself hands to a config beside its declared fields; keys with a leading underscore pass as well.
 _FOREIGN_KEYS = frozenset(
@@ -82,6 +84,13 @@ class FalconDrafterConfig(PreTrainedConfig):
             whose state runs along the sequence), ``"lstm_stateless"`` (the same cells, every position from the zero
             state: what the upstream code's tensor layout amounts to) or ``"linear"`` (one matrix).
         fusion_layers: LSTM layers of the fusion (ignored by ``"linear"``).
+        embedding_scale: what token embeddings are multiplied with before the fusion, so that they are of the features'
+            size (a target's embeddings may be 20 times smaller, and a fusion is slow to learn that).
+        feature_layers: None for the last hidden state alone; otherwise the numbers of the target's hidden states (0 the
+            embeddings, L the last of L layers) whose states, side by side, become a feature through one matrix. The
+            last must be L, because the drafter estimates that one.
+        block_mixing: whether a pair's query also starts from its block's newest pair (see ``block_mixing.py``). Not in
+            the paper; it lifts the accuracy of every block position but the last.
         draft_vocab_size: None to draft over all V tokens; otherwise only over that many, whose ids the checkpoint
             keeps (``FalconDrafter.draft_vocab_ids``). Never changes what is generated, only what is proposed.
         logit_scale, logit_softcap: the target's head scaling, logits = cap * tanh(scale * (h W^T) / cap).
@@ -92,14 +101,21 @@ class FalconDrafterConfig(PreTrainedConfig):
         verifier: ``"follow"``: the target's own draw walks the tree, so that a seed gives plain decoding's text.
             ``"rejection"``: siblings are drawn from the drafter's law and accepted or rejected, which keeps the law of
             sampled text, not the text of a seed; needs a static tree, and greedy decoding takes ``follow`` anyway.
+        auto_off: whether to decode plainly for a while where drafting is seen to lose time (see
+            ``speculation_switch.py``). Off by default, because what it does depends on the clock.
         target_name_or_path, target_model_type: the model this drafter was trained for.
         target_fingerprint: sampled embedding weights that tell one target from another (see ``target.fingerprint``).
+        attention_bias, fusion_bias: biases of the query, key and value projections and of a linear fusion, which some
+            converted checkpoints have.
+        format_version: of config and weights; code refuses those of a later version than its own.
+        code_stamp: hash of the code saved with the weights (see ``repo_files.code_stamp``).
 
     Raises:
         ValueError: on an unknown field or an impossible value; the message names the field and what it may be.
     """
 
     model_type = "falcon_drafter"
+    _auto_class = "AutoConfig"
 
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -118,21 +134,34 @@ class FalconDrafterConfig(PreTrainedConfig):
     block_size: int = 2
     fusion: str = "lstm"
     fusion_layers: int = 2
+    embedding_scale: float = 1.0
+    feature_layers: list[int] | None = None
+    block_mixing: bool = False
     draft_vocab_size: int | None = None
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     tree: list[list[int]] | dict[str, Any] | None = None
     lookup: dict[str, Any] | None = None
     verifier: str = "follow"
+    auto_off: bool = False
     target_name_or_path: str | None = None
     target_model_type: str | None = None
     target_fingerprint: list[float] | None = None
+    attention_bias: bool = False
+    fusion_bias: bool = False
+    format_version: int = FORMAT_VERSION
+    code_stamp: str | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if self.format_version > FORMAT_VERSION:  # first: its fields may well be unknown here
+            raise ValueError(
+                f"The drafter has format {self.format_version}, and this code reads up to {FORMAT_VERSION}: "
+                "upgrade falcon_hf, or load it with trust_remote_code=True, by the code in its own repo."
+            )
         known = set(type(self).__dataclass_fields__)
         for key in kwargs:
             if key not in _FOREIGN_KEYS and not key.startswith("_"):
@@ -170,6 +199,13 @@ class FalconDrafterConfig(PreTrainedConfig):
             raise ValueError(
                 f"draft_vocab_size must be None or from 1 to vocab_size ({self.vocab_size}), "
                 f"got {self.draft_vocab_size}."
+            )
+        if not self.embedding_scale > 0:
+            raise ValueError(f"embedding_scale must be positive, got {self.embedding_scale!r}.")
+        layers = self.feature_layers
+        if layers is not None and (len(layers) < 2 or min(layers) < 0 or sorted(set(layers)) != layers):
+            raise ValueError(
+                f"feature_layers must be None or at least two ascending numbers of hidden states, got {layers!r}."
             )
         if self.logit_scale <= 0 or (self.logit_softcap is not None and self.logit_softcap <= 0):
             raise ValueError("logit_scale and logit_softcap must be positive.")

@@ -19,7 +19,9 @@ Embedding and LM head are the target's; they are arguments here, never modules, 
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,8 +31,12 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, rotate_half
 
+from .block_mixing import BlockMixing
 from .configuration_falcon_drafter import FalconDrafterConfig
 from .drafter_cache import DrafterCache
+from .repo_files import check_stamp, code_stamp, write_repo_files
+from .repo_upload import UPLOAD_OPTIONS, upload_repo
+from .rollout import RolloutKeys, own_pairs, relaxed_causal_mask, rollout_mask
 from .routing import install
 from .statistics import GenerationStatistics
 from .tree import DraftTree
@@ -39,30 +45,16 @@ FusionState = tuple[torch.Tensor, torch.Tensor]
 """LSTM state (h, c), each ``[layers, B, H]``; of zero layers for a fusion without state."""
 
 
-def relaxed_causal_mask(length: int, block_size: int, offset: torch.Tensor) -> torch.Tensor:
-    """The relaxed causal mask of the paper (section 3.2): column i sees column j iff block(j) <= block(i).
-
-    Args:
-        length: S, columns of the pair sequence.
-        block_size: k.
-        offset: ``[B]`` in [0, k): block(c) = (c + offset) // k, the alignment of each row's blocks.
-
-    Returns:
-        ``[B, 1, S, S]`` bool, True where the query (row) sees the key (column).
-    """
-    block = (torch.arange(length, device=offset.device)[None] + offset[:, None]) // block_size
-    return block[:, None, None, :] <= block[:, None, :, None]
-
-
 class FalconFusion(nn.Module):
     """Fuses a pair (feature, embedding), 2H, into one vector, H, carrying state along the sequence if it is an LSTM."""
 
     def __init__(self, config: FalconDrafterConfig) -> None:
         super().__init__()
         self.kind = config.fusion
+        self.embedding_scale = config.embedding_scale
         size = config.hidden_size
         if self.kind == "linear":
-            self.linear = nn.Linear(2 * size, size, bias=False)
+            self.linear = nn.Linear(2 * size, size, bias=config.fusion_bias)
         else:
             self.lstm = nn.LSTM(2 * size, size, num_layers=config.fusion_layers, batch_first=True)
 
@@ -83,6 +75,8 @@ class FalconFusion(nn.Module):
         ``state`` is the state before the first pair, None for zeros; a fusion without recurrence returns None.
         ``lengths`` of at least 1 say how many pairs each row has, if not all have S; the rest of a row is garbage.
         """
+        if self.embedding_scale != 1.0:
+            embeddings = embeddings * self.embedding_scale
         pairs = torch.cat((features, embeddings), dim=-1)
         if self.kind == "linear":
             return self.linear(pairs), None
@@ -105,9 +99,9 @@ class FalconAttention(nn.Module):
         self.head_dim: int = config.head_dim or 0  # the config has filled both in
         groups: int = config.num_key_value_heads or 0
         size, heads = config.hidden_size, config.num_attention_heads
-        self.q_proj = nn.Linear(size, heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(size, groups * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(size, groups * self.head_dim, bias=False)
+        self.q_proj = nn.Linear(size, heads * self.head_dim, bias=config.attention_bias)
+        self.k_proj = nn.Linear(size, groups * self.head_dim, bias=config.attention_bias)
+        self.v_proj = nn.Linear(size, groups * self.head_dim, bias=config.attention_bias)
         self.o_proj = nn.Linear(heads * self.head_dim, size, bias=False)
 
     def forward(
@@ -117,9 +111,15 @@ class FalconAttention(nn.Module):
         mask: torch.Tensor,
         queries: int,
         layer: int,
-        cache: DrafterCache | None,
+        cache: DrafterCache | RolloutKeys | None,
+        select: torch.Tensor | None = None,
+        start: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``[B, S, H]`` -> ``[B, queries, H]`` for the last ``queries`` columns; mask ``[B, 1, queries, T]``."""
+        """``[B, S, H]`` -> ``[B, queries, H]`` for the last ``queries`` columns; mask ``[B, 1, queries, T]``.
+
+        With ``select`` ``[M]``, flat indices into ``[B * queries]``, only those: ``[M, H]``. Queries come from
+        ``start`` ``[B, S, H]`` if it is given, keys and values always from ``hidden``.
+        """
         batch, columns, _ = hidden.shape
         cos, sin = (table[:, None] for table in rotary)  # [B, 1, S, head_dim]
 
@@ -127,14 +127,15 @@ class FalconAttention(nn.Module):
             return projected.view(batch, -1, projected.shape[-1] // self.head_dim, self.head_dim).transpose(1, 2)
 
         first = columns - queries
-        query = heads(self.q_proj(hidden[:, first:]))
+        query = heads(self.q_proj((hidden if start is None else start)[:, first:]))
         query = query * cos[:, :, first:] + rotate_half(query) * sin[:, :, first:]
         keys, values = heads(self.k_proj(hidden)), heads(self.v_proj(hidden))
         keys = keys * cos + rotate_half(keys) * sin
         if cache is not None:
             keys, values = cache.write(layer, keys, values)
         out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=True)
-        return self.o_proj(out.transpose(1, 2).reshape(batch, queries, -1))
+        out = out.transpose(1, 2).reshape(batch, queries, -1)
+        return self.o_proj(out if select is None else out.flatten(0, 1).index_select(0, select))
 
 
 class FalconDecoderLayer(nn.Module):
@@ -149,10 +150,30 @@ class FalconDecoderLayer(nn.Module):
         self.mlp_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = LlamaMLP(config)
 
-    def forward(self, hidden: torch.Tensor, *, queries: int, **attention: Any) -> torch.Tensor:
-        """``[B, S, H]`` -> ``[B, queries, H]``; see [`FalconAttention.forward`]."""
-        attended = self.attention(self.input_norm(hidden), queries=queries, **attention)
-        hidden = hidden[:, hidden.shape[1] - queries :] + attended
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        *,
+        queries: int,
+        select: torch.Tensor | None = None,
+        start: torch.Tensor | None = None,
+        **attention: Any,
+    ) -> torch.Tensor:
+        """``[B, S, H]`` -> ``[B, queries, H]``, or ``[M, H]`` with ``select``; see [`FalconAttention.forward`].
+
+        ``start`` ``[B, S, H]`` is what queries and residuals come from, ``hidden`` by default.
+        """
+        attended = self.attention(
+            self.input_norm(hidden),
+            queries=queries,
+            select=select,
+            start=None if start is None else self.input_norm(start),
+            **attention,
+        )
+        hidden = (hidden if start is None else start)[:, hidden.shape[1] - queries :]
+        if select is not None:
+            hidden = hidden.flatten(0, 1).index_select(0, select)
+        hidden = hidden + attended
         return hidden + self.mlp(self.mlp_norm(hidden))
 
 
@@ -169,6 +190,7 @@ class FalconDrafter(PreTrainedModel):
     config: FalconDrafterConfig
     base_model_prefix = "drafter"
     main_input_name = "features"
+    _auto_class = "AutoModel"
     supports_gradient_checkpointing = False
     _no_split_modules = ["FalconDecoderLayer"]
     _supports_sdpa = True
@@ -179,7 +201,17 @@ class FalconDrafter(PreTrainedModel):
 
     def __init__(self, config: FalconDrafterConfig) -> None:
         super().__init__(config)
+        layers = config.feature_layers
+        self.feature_fusion = (
+            None if layers is None else nn.Linear(len(layers) * config.hidden_size, config.hidden_size, bias=False)
+        )
+        if layers is not None:
+            # Inner states have channels a hundred times the others' size: each is brought to mean 0 and deviation 1.
+            earlier = (len(layers) - 1) * config.hidden_size
+            self.register_buffer("feature_mean", torch.zeros(earlier))
+            self.register_buffer("feature_scale", torch.ones(earlier))
         self.fusion = FalconFusion(config)
+        self.mixing = BlockMixing(config.block_size, config.hidden_size) if config.block_mixing else None
         self.layers = nn.ModuleList(FalconDecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.rotary = LlamaRotaryEmbedding(config)
         ids = None if config.draft_vocab_size is None else torch.arange(config.draft_vocab_size)
@@ -188,21 +220,67 @@ class FalconDrafter(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As in transformers, but weights that the checkpoint lacks are an error, not random numbers and a warning.
+        """As in transformers, but only from safetensors, and broken weights are an error, not a warning.
 
         Raises:
-            ValueError: naming the weights that are missing or have another shape.
+            ValueError: naming the weights that are missing, have another shape or are not finite.
+
+        Warns:
+            CodeStampWarning: if the code in the repo is not the code it was saved with.
         """
+        kwargs["use_safetensors"] = True  # never a pickle
         drafter, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         wrong = [*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])]
         if wrong:
             raise ValueError(
                 f"The drafter's weights are incomplete: {', '.join(sorted(wrong)[:3])} ({len(wrong)} in all)."
             )
+        for name, weight in drafter.state_dict().items():
+            if weight.device.type != "meta" and not weight.isfinite().all():
+                raise ValueError(f"The drafter's weights are damaged: {name} has values that are not finite.")
+        check_stamp(drafter.config, str(args[0] if args else kwargs.get("pretrained_model_name_or_path")))
         return (drafter, info) if output_loading_info else drafter
+
+    def save_pretrained(
+        self, save_directory: Any, is_main_process: bool = True, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """As in transformers, and with all that a repo needs to be used without ``falcon_hf`` (``repo_files.py``).
+
+        Args:
+            save_directory: the folder; a README.md in it is kept.
+            is_main_process: whether this process writes code, config and card.
+            push_to_hub: upload the folder afterwards, to ``repo_id`` (see [`push_to_hub`]), by default its name.
+            **kwargs: for transformers' ``save_pretrained``; with ``push_to_hub`` also those of [`push_to_hub`].
+        """
+        upload = {name: kwargs.pop(name) for name in UPLOAD_OPTIONS if name in kwargs}
+        self.config.code_stamp = code_stamp()
+        # There is no older format to go back to, and going back would give a loaded drafter's shards another order.
+        kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            write_repo_files(self.config, Path(save_directory))
+            if push_to_hub:
+                upload_repo(Path(save_directory), upload.pop("repo_id", Path(save_directory).name), **upload)
+
+    def push_to_hub(self, repo_id: str, *, max_shard_size: int | str = "50GB", **options: Any) -> str:
+        """Save the drafter and upload it as the Hub repo ``repo_id``; a README.md there is kept.
+
+        Args:
+            repo_id: ``organisation/name``, made if absent.
+            max_shard_size: as in ``save_pretrained``.
+            **options: see ``repo_upload.upload_repo``.
+
+        Returns:
+            The commit's address.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            return upload_repo(Path(folder), repo_id, keep_card=True, **options)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        if isinstance(module, BlockMixing):
+            module.reset(0.5 * self.config.hidden_size**-0.5)
         if isinstance(module, nn.LSTM):
             for name, parameter in module.named_parameters():
                 if name.startswith("weight"):
@@ -220,7 +298,9 @@ class FalconDrafter(PreTrainedModel):
         positions: torch.Tensor,
         mask: torch.Tensor,
         queries: int | None = None,
-        cache: DrafterCache | None = None,
+        cache: DrafterCache | RolloutKeys | None = None,
+        select: torch.Tensor | None = None,
+        place: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run the decoder layers over fused pairs.
 
@@ -230,17 +310,30 @@ class FalconDrafter(PreTrainedModel):
             mask: ``[B, 1, S, T]`` bool, True where visible; T counts the cached columns and these S.
             queries: how many of the last columns want an output; all by default.
             cache: written at its end; its length is left as it was, so advance it to keep the columns.
+            select: ``[M]``, flat indices into ``[B * queries]``: the only outputs wanted (training: the others have
+                no loss). All by default.
+            place: ``[B, S]``, position of each column in its block; by default blocks end at the last column.
 
         Returns:
-            ``[B, queries, H]``, the estimates f^.
+            ``[B, queries, H]``, the estimates f^; ``[M, H]`` with ``select``.
         """
         rotary = self.rotary(fused, positions)
         queries = fused.shape[1] if queries is None else queries
         last = len(self.layers) - 1
+        start = None if self.mixing is None else self.mixing(fused, place)
         for index, layer in enumerate(self.layers):
             # Only the last layer can leave columns out: the others' outputs are the next one's keys.
             wanted = queries if index == last else fused.shape[1]
-            fused = layer(fused, queries=wanted, rotary=rotary, mask=mask[:, :, -wanted:], layer=index, cache=cache)
+            fused = layer(
+                fused,
+                start=start if index == 0 else None,
+                queries=wanted,
+                select=select if index == last else None,
+                rotary=rotary,
+                mask=mask[:, :, -wanted:],
+                layer=index,
+                cache=cache,
+            )
         return fused
 
     def forward(
@@ -249,26 +342,87 @@ class FalconDrafter(PreTrainedModel):
         embeddings: torch.Tensor,
         block_offset: torch.Tensor,
         pair_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """The training forward: a whole pair sequence at once.
+        select: torch.Tensor | None = None,
+        rollout_embeddings: torch.Tensor | None = None,
+        rollout_selects: list[torch.Tensor] | None = None,
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """The training forward: a whole pair sequence at once, and further passes over the drafter's own features.
+
+        Pass p > 1 does, for every block at once, what a draft's p-th pass does at inference: its pairs are the
+        estimates that pass p - 1 made in the block before, with the text's own tokens (see ``rollout.py``).
 
         Args:
             features: ``[B, S, H]``, column c holds f_{c-k+1}; start pairs included (see [`start_pairs`]).
             embeddings: ``[B, S, H]``, column c holds the embedding of t_{c-k+2}.
             block_offset: ``[B]`` in [0, k), each row's block alignment (see [`relaxed_causal_mask`]).
             pair_mask: ``[B, S]`` bool, False for padding; all True by default.
+            select: ``[M]`` flat indices into ``[B * S]``, the only outputs wanted of pass 1; all by default.
+            rollout_embeddings: ``[R, S, H]``, R <= B: the first R rows go on to further passes, with these embeddings.
+                ``select`` must hold all columns of those rows.
+            rollout_selects: one ``[M_p]`` for each further pass, flat indices into ``[R * S]`` of its wanted outputs.
 
         Returns:
-            ``[B, S, H]``; column c is the estimate of f_{c+1}.
+            ``[B, S, H]``, or ``[M, H]`` with ``select``; column c is the estimate of f_{c+1}. With
+            ``rollout_embeddings`` a list: that, and ``[M_p, H]`` of each further pass.
+
+        Raises:
+            ValueError: for a rollout of a recurrent fusion, whose states it would have to carry from pass to pass.
         """
         columns = features.shape[1]
-        fused, _ = self.fusion(features, embeddings)
+        fused, _ = self.fusion(self.combine(features), embeddings)
         mask = relaxed_causal_mask(columns, self.config.block_size, block_offset)
         if pair_mask is not None:
             # A padded column sees itself, so that no softmax row is empty.
             mask = mask & (pair_mask[:, None, None] | torch.eye(columns, dtype=torch.bool, device=mask.device))
         positions = torch.arange(columns, device=features.device)[None].expand(features.shape[0], -1)
-        return self.decode(fused, positions, mask)
+        place = (positions + block_offset[:, None]) % self.config.block_size
+        if rollout_embeddings is None:
+            return self.decode(fused, positions, mask, select=select, place=place)
+        if self.fusion.is_recurrent:
+            raise ValueError("A rollout needs a fusion without recurrence: 'linear' or 'lstm_stateless'.")
+        rows = rollout_embeddings.shape[0]
+        keys = RolloutKeys(len(self.layers))
+        outputs = [self.decode(fused, positions, mask, select=select, cache=keys, place=place)]
+        keys.keep_rows(rows)
+        own = outputs[0]
+        if select is not None:
+            flat = own.new_zeros(fused.shape[0] * columns, own.shape[-1]).index_copy(0, select, own)
+            own = flat.view(fused.shape[0], columns, -1)
+        own, place = own[:rows], place[:rows]
+        selects = rollout_selects or []
+        for index, wanted in enumerate(selects):
+            fused, _ = self.fusion(own_pairs(own, self.config.block_size).to(fused.dtype), rollout_embeddings)
+            mask = rollout_mask(
+                columns,
+                self.config.block_size,
+                block_offset[:rows],
+                index + 2,
+                None if pair_mask is None else pair_mask[:rows],
+            )
+            if index == len(selects) - 1:  # nobody reads the other columns
+                outputs.append(self.decode(fused, positions[:rows], mask, select=wanted, cache=keys, place=place))
+                break
+            own = self.decode(fused, positions[:rows], mask, cache=keys, place=place)
+            outputs.append(own.flatten(0, 1).index_select(0, wanted))
+        return outputs
+
+    def combine(self, features: torch.Tensor) -> torch.Tensor:
+        """``[B, S, W]`` features as the target gives them -> ``[B, S, H]`` as the fusion takes them.
+
+        W is H, or H times the number of ``config.feature_layers``, whose states lie side by side.
+        """
+        if self.feature_fusion is None:
+            return features
+        earlier, last = features.split((self.feature_mean.shape[0], self.config.hidden_size), dim=-1)
+        earlier = (earlier - self.feature_mean) * self.feature_scale
+        return self.feature_fusion(torch.cat((earlier.to(last.dtype), last), dim=-1))
+
+    @torch.no_grad()
+    def standardise(self, sample: torch.Tensor) -> None:
+        """Note mean and deviation of the channels of a sample ``[n, W]`` of features, the last layer's apart."""
+        earlier = sample[:, : self.feature_mean.shape[0]].float()
+        self.feature_mean.copy_(earlier.mean(0))
+        self.feature_scale.copy_(1 / earlier.std(0).clamp_min(1e-6))
 
     def logits(self, features: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         """``[..., H]`` features -> ``[..., draft vocabulary]`` through the target's head rows (see [`draft_head`])."""
