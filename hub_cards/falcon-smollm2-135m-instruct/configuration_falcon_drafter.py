@@ -11,10 +11,11 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .dynamic_tree import DynamicTree
 from .tree_shape import TreeShape
 
 FUSIONS = ("lstm", "lstm_stateless", "linear")
-VERIFIERS = ("follow",)
+VERIFIERS = ("follow", "rejection")
 MAX_BLOCK_SIZE = 8
 FORMAT_VERSION = 1
 """Of config and weights; a repo with a higher one was saved by a newer falcon_hf."""
@@ -82,11 +83,19 @@ class FalconDrafterConfig(PreTrainedConfig):
             whose state runs along the sequence), ``"lstm_stateless"`` (the same cells, every position from the zero
             state: what the upstream code's tensor layout amounts to) or ``"linear"`` (one matrix).
         fusion_layers: LSTM layers of the fusion (ignored by ``"linear"``).
+        embedding_scale: what token embeddings are multiplied with before the fusion, so that they are of the features'
+            size (a target's embeddings may be 20 times smaller, and a fusion is slow to learn that).
+        feature_layers: None for the last hidden state alone; otherwise the numbers of the target's hidden states (0 the
+            embeddings, L the last of L layers) whose states, side by side, become a feature through one matrix. The
+            last must be L, because the drafter estimates that one.
         draft_vocab_size: None to draft over all V tokens; otherwise only over that many, whose ids the checkpoint
             keeps (``FalconDrafter.draft_vocab_ids``). Never changes what is generated, only what is proposed.
         logit_scale, logit_softcap: the target's head scaling, logits = cap * tanh(scale * (h W^T) / cap).
-        tree: paths of child ranks in Medusa/EAGLE notation, or None for the paper's tree of this block size.
-        verifier: ``"follow"``: the target's own draw walks the tree.
+        tree: paths of child ranks in Medusa/EAGLE notation; or a dynamic tree, ``{"kind": "dynamic", "nodes": 24}``
+            and other fields of [`DynamicTree`]; or None for the paper's tree of this block size.
+        verifier: ``"follow"``: the target's own draw walks the tree, so that a seed gives plain decoding's text.
+            ``"rejection"``: siblings are drawn from the drafter's law and accepted or rejected, which keeps the law of
+            sampled text, not the text of a seed; needs a static tree, and greedy decoding takes ``follow`` anyway.
         target_name_or_path, target_model_type: the model this drafter was trained for.
         target_fingerprint: sampled embedding weights that tell one target from another (see ``target.fingerprint``).
         attention_bias, fusion_bias: biases of the query, key and value projections and of a linear fusion, which some
@@ -118,10 +127,12 @@ class FalconDrafterConfig(PreTrainedConfig):
     block_size: int = 2
     fusion: str = "lstm"
     fusion_layers: int = 2
+    embedding_scale: float = 1.0
+    feature_layers: list[int] | None = None
     draft_vocab_size: int | None = None
     logit_scale: float = 1.0
     logit_softcap: float | None = None
-    tree: list[list[int]] | None = None
+    tree: list[list[int]] | dict[str, Any] | None = None
     verifier: str = "follow"
     target_name_or_path: str | None = None
     target_model_type: str | None = None
@@ -179,13 +190,26 @@ class FalconDrafterConfig(PreTrainedConfig):
                 f"draft_vocab_size must be None or from 1 to vocab_size ({self.vocab_size}), "
                 f"got {self.draft_vocab_size}."
             )
+        if not self.embedding_scale > 0:
+            raise ValueError(f"embedding_scale must be positive, got {self.embedding_scale!r}.")
+        layers = self.feature_layers
+        if layers is not None and (len(layers) < 2 or min(layers) < 0 or sorted(set(layers)) != layers):
+            raise ValueError(
+                f"feature_layers must be None or at least two ascending numbers of hidden states, got {layers!r}."
+            )
         if self.logit_scale <= 0 or (self.logit_softcap is not None and self.logit_softcap <= 0):
             raise ValueError("logit_scale and logit_softcap must be positive.")
         if self.tree is not None:
             try:
-                TreeShape.from_paths(self.tree)
+                if isinstance(self.tree, dict):
+                    DynamicTree.from_config(self.tree, self.block_size)
+                else:
+                    TreeShape.from_paths(self.tree)
             except (TypeError, ValueError) as error:
-                raise ValueError(f"tree must be None or a list of paths such as [[0], [1], [0, 0]]: {error}") from error
+                raise ValueError(
+                    "tree must be None, a list of paths such as [[0], [1], [0, 0]], or a dynamic tree such as "
+                    f"{{'kind': 'dynamic', 'nodes': 24}}: {error}"
+                ) from error
 
     @classmethod
     def from_target(

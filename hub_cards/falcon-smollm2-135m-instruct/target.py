@@ -7,50 +7,78 @@ that look inside a target.
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from .configuration_falcon_drafter import FalconDrafterConfig
+from .target_attention import check_attention
 
-# Decoder-only families whose attention takes a 4D mask and explicit positions, so that a tree's logits are those of
-# its paths. Each is run by tests/runtime/test_families.py; others are refused until they are.
-TREE_FAMILIES = frozenset(
-    [
-        "cohere",
-        "cohere2",
-        "deepseek_v3",
-        "falcon",
-        "gemma2",
-        "gemma3_text",
-        "glm4",
-        "glm4_moe",
-        "gpt2",
-        "gpt_bigcode",
-        "gpt_neox",
-        "gpt_oss",
-        "gptj",
-        "granite",
-        "llama",
-        "llama4_text",
-        "mistral",
-        "mixtral",
-        "olmo2",
-        "olmo3",
-        "opt",
-        "phi",
-        "phi3",
-        "qwen2",
-        "qwen2_moe",
-        "qwen3",
-        "qwen3_moe",
-        "smollm3",
-        "stablelm",
-        "starcoder2",
-    ]
-)
-TREE_ATTENTIONS = ("eager", "sdpa")
+
+@dataclass(frozen=True)
+class Support:
+    """What a family of targets can verify.
+
+    Attributes:
+        drafts: ``"tree"``; ``"chain"``, a single path, in an ordinary causal forward; or ``""``, nothing.
+        why: why not a tree, or nothing at all.
+        why_one_row: why not several rows at once, empty where they can be.
+    """
+
+    drafts: str
+    why: str = ""
+    why_one_row: str = ""
+
+
+_TREE = Support("tree")
+_ALIBI = "its ALiBi biases go by the order of the cached tokens, so that siblings would get different ones"
+
+_CONVOLUTION = "its convolutions run along the order of the tokens, through siblings too"
+
+# What each decoder-only family needs, by model_type (see [`family`]). "tree": its attention takes a 4D mask and
+# explicit positions, so that a tree's logits are those of its paths. Each entry is run by tests/runtime/
+# test_families.py, test_chains.py or test_conformance.py; families that are not here are refused until they are.
+FAMILIES: dict[str, Support] = {
+    "bloom": Support("chain", _ALIBI),
+    "cohere": _TREE,
+    "cohere2": _TREE,
+    "deepseek_v3": _TREE,
+    "falcon": _TREE,
+    "falcon (ALiBi)": Support("chain", _ALIBI),
+    "gemma2": _TREE,
+    "gemma3_text": _TREE,
+    "glm4": _TREE,
+    "glm4_moe": _TREE,
+    "gpt2": _TREE,
+    "gpt_bigcode": _TREE,
+    "gpt_neox": _TREE,
+    "gpt_oss": _TREE,
+    "gptj": _TREE,
+    "granite": _TREE,
+    "lfm2": Support("chain", _CONVOLUTION, "its convolutions count the slots that other rows' drafts leave empty"),
+    "llama": _TREE,
+    "llama4_text": _TREE,
+    "mamba": Support("", "it keeps a recurrent state that cannot be rolled back"),
+    "mistral": _TREE,
+    "mixtral": _TREE,
+    "mpt": Support("chain", _ALIBI, "its ALiBi biases count the slots that other rows' drafts leave empty"),
+    "olmo2": _TREE,
+    "olmo3": _TREE,
+    "opt": _TREE,
+    "phi": _TREE,
+    "phi3": _TREE,
+    "qwen2": _TREE,
+    "qwen2_moe": _TREE,
+    "qwen3": _TREE,
+    "qwen3_moe": _TREE,
+    "qwen3_next": Support("", "its linear attention keeps a recurrent state that cannot be rolled back"),
+    "smollm3": _TREE,
+    "stablelm": _TREE,
+    "starcoder2": _TREE,
+}
+TREE_FAMILIES = frozenset(name for name, support in FAMILIES.items() if support.drafts == "tree")
 TREE_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
 _FINGERPRINT_SAMPLES = 32
@@ -105,19 +133,21 @@ def check_target(target: PreTrainedModel, config: FalconDrafterConfig) -> None:
     name = type(target).__name__
     if target.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder; Falcon needs a decoder-only target (AutoModelForCausalLM).")
-    if getattr(target, "_is_stateful", False):
-        raise ValueError(
-            f"{name} keeps a recurrent state that cannot be rolled back; generate without assistant_model."
-        )
-    if text.model_type not in TREE_FAMILIES or getattr(text, "alibi", False):
+    support = family(target)
+    if support is None:
+        known = ", ".join(sorted(name for name, entry in FAMILIES.items() if entry.drafts))
         raise ValueError(
             f"Falcon has not been verified on the family {text.model_type!r}, so it will not draft for it; generate "
-            f"without assistant_model. Verified: {', '.join(sorted(TREE_FAMILIES))}."
+            f"without assistant_model. Verified: {known}."
         )
-    for layer_type in set(getattr(text, "layer_types", None) or ()) - TREE_LAYERS:
-        raise ValueError(
-            f"{name} has {layer_type!r} layers, whose state is sequential; generate without assistant_model."
-        )
+    if not support.drafts or getattr(target, "_is_stateful", False):
+        why = support.why or "it keeps a recurrent state that cannot be rolled back"
+        raise ValueError(f"Falcon cannot draft for {name}: {why}; generate without assistant_model.")
+    if support.drafts == "tree":
+        for layer_type in set(getattr(text, "layer_types", None) or ()) - TREE_LAYERS:
+            raise ValueError(
+                f"{name} has {layer_type!r} layers, whose state is sequential; generate without assistant_model."
+            )
     if config.vocab_size != text.vocab_size:
         raise ValueError(
             f"The drafter was made for a vocabulary of {config.vocab_size} tokens, {name} has {text.vocab_size}. "
@@ -128,12 +158,8 @@ def check_target(target: PreTrainedModel, config: FalconDrafterConfig) -> None:
             f"The drafter reads hidden states of width {config.hidden_size}, {name} has {text.hidden_size}. "
             f"Use a drafter trained for this target ({_trained_for(config)})."
         )
-    attention = target.config._attn_implementation
-    if attention not in TREE_ATTENTIONS:
-        raise ValueError(
-            f"Attention implementation {attention!r} takes no tree mask; call "
-            f"model.set_attn_implementation('sdpa') first (or 'eager')."
-        )
+    if support.drafts == "tree":
+        check_attention(target)
     prepare = getattr(target.prepare_inputs_for_generation, "__self__", target)
     if prepare is not target:
         raise ValueError(
@@ -141,6 +167,13 @@ def check_target(target: PreTrainedModel, config: FalconDrafterConfig) -> None:
             "or generate without assistant_model. LoRA adapters work."
         )
     _check_fingerprint(target, config)
+
+
+def family(target: PreTrainedModel) -> Support | None:
+    """The target's entry in [`FAMILIES`], None if it has none."""
+    text = target.config.get_text_config()
+    alibi = " (ALiBi)" if getattr(text, "alibi", False) else ""
+    return FAMILIES.get(text.model_type + alibi)
 
 
 def _trained_for(config: FalconDrafterConfig) -> str:

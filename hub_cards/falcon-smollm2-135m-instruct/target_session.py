@@ -15,9 +15,13 @@ import inspect
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, StaticLayer
 
+from .returned_attentions import PlainRows
+from .target import family
+from .target_attention import mask_for
 from .target_cache import fitting_cache
 from .tree import DraftTree
 
@@ -49,16 +53,28 @@ def layer_kinds(config: Any) -> list[str]:
     return ["full_attention"] * layers
 
 
+def _returns_attentions(generation_config: Any) -> bool:
+    return bool(generation_config.return_dict_in_generate and generation_config.output_attentions)
+
+
 class TargetSession:
     """The target during one call of ``generate()``.
 
     Attributes:
         cache: the target's key-value cache, as ``generate()`` prepared it.
-        prompt_features: one ``[1, F, H]`` a row, last hidden states of its last F prompt tokens, set by [`prefill`];
+        prompt_features: one ``[1, F, W]`` a row, [`features`] of its last F prompt tokens, set by [`prefill`];
             fewer than the prompt has where it was prefilled in chunks or partly cached before.
+        prompt_attentions: the prefill's attentions as plain decoding returns them, or None where not asked for.
     """
 
-    def __init__(self, target: PreTrainedModel, rows: int, slots: int, model_kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        rows: int,
+        slots: int,
+        model_kwargs: dict[str, Any],
+        feature_layers: list[int] | None = None,
+    ) -> None:
         """Take over the target for a batch of ``rows``; generates nothing.
 
         Args:
@@ -66,10 +82,11 @@ class TargetSession:
             rows: B.
             slots: what a static cache must hold: the longest text and one tree.
             model_kwargs: as ``generate()`` hands them to a decoding method.
+            feature_layers: hidden states that make a feature, side by side; the last alone by default.
 
         Raises:
-            ValueError: if there is no cache or none that fits, or a tensor among the keywords that verification could
-                not honour.
+            ValueError: if there is no cache or none that fits, a tensor among the keywords that verification could not
+                honour, or more rows than the family can have.
         """
         self.target = target
         self.rows = rows
@@ -80,7 +97,9 @@ class TargetSession:
             raise ValueError(
                 "Falcon needs a key-value cache; do not pass use_cache=False together with assistant_model."
             )
+        self._plain_rows = PlainRows(self.cache, self.config.num_hidden_layers)
         self.cache = fitting_cache(self.cache, rows, slots)
+        self._static = any(isinstance(layer, StaticLayer) for layer in self.cache.layers)
         self.model_kwargs = {**model_kwargs, self._cache_key: self.cache}
         self._extra = {name: value for name, value in model_kwargs.items() if name not in _OWN_KWARGS}
         for name, value in self._extra.items():
@@ -89,15 +108,26 @@ class TargetSession:
                     f"Falcon cannot carry the model input {name!r} through a tree; drop it or assistant_model."
                 )
         self._kinds = layer_kinds(self.config)
+        self._feature_layers = feature_layers
+        support = family(target)
+        self._causal = support is not None and support.drafts == "chain"
+        if rows > 1 and support is not None and support.why_one_row:
+            raise ValueError(
+                f"Falcon cannot draft for several rows of {type(target).__name__} at once: {support.why_one_row}; "
+                "generate the rows one by one, or without assistant_model."
+            )
 
     def prefill(self, input_ids: torch.Tensor, generation_config: Any) -> Any:
         """Run the prompt through the target, as ``generate()`` would; returns its outputs.
 
         Raises:
-            ValueError: if the cache cannot give up rejected drafts.
+            ValueError: if the cache cannot give up rejected drafts, or the target would return wrong attentions.
         """
         self.cache.activate_past_recording()
         kwargs = {**self.model_kwargs, "output_hidden_states": self._wanted_states(generation_config)}
+        kwargs.pop("output_attentions", None)
+        if _returns_attentions(generation_config):
+            kwargs["output_attentions"] = True
         outputs = self.target._prefill(input_ids, generation_config, kwargs)
         if not self.cache.is_croppable:
             raise ValueError(
@@ -106,7 +136,14 @@ class TargetSession:
             )
         # Sliding layers held everything for a rollback that a prefill never needs.
         self.cache.crop(0)
-        features = outputs.hidden_states[-1]
+        wanted = _returns_attentions(generation_config)
+        if wanted and outputs.attentions and self.target.config._attn_implementation != "eager":
+            raise ValueError(
+                f"{type(self.target).__name__} computes the attentions it returns with a mask made for another "
+                "implementation: call model.set_attn_implementation('eager') first, or drop output_attentions."
+            )
+        self.prompt_attentions = self._plain_rows.prompt(outputs.attentions) if wanted else None
+        features = self.features(outputs)
         self._note_slots(features.device)
         # Padding has no features worth drafting from. One sync, once.
         self._filled: list[int] = self._valid.sum(-1).tolist()  # valid slots of each row
@@ -131,7 +168,15 @@ class TargetSession:
         The last state is number L of L layers; older transformers (5.17) count it L - 1.
         """
         layers = self.config.num_hidden_layers
-        return True if generation_config.output_hidden_states else [layers - 1, layers]
+        if generation_config.output_hidden_states or self._feature_layers is not None:
+            return True
+        return [layers - 1, layers]
+
+    def features(self, outputs: Any) -> torch.Tensor:
+        """``[B, S, W]``, what the drafter reads of a forward: the last hidden state, or several side by side."""
+        if self._feature_layers is None:
+            return outputs.hidden_states[-1]
+        return torch.cat([outputs.hidden_states[layer] for layer in self._feature_layers], dim=-1)
 
     @property
     def length(self) -> int:
@@ -156,18 +201,47 @@ class TargetSession:
         positions = self.next_position + tree.depths.to(device).minimum(deepest.clamp_min(0))
         outputs = self.target(
             input_ids=tree.tokens.to(device),
-            position_ids=positions,
-            attention_mask=self.masks(tree.ancestors.to(device), positions),
+            **self._places(tree.ancestors.to(device), positions),
             use_cache=True,
             output_hidden_states=self._wanted_states(generation_config),
             return_dict=True,
+            **({"output_attentions": True} if _returns_attentions(generation_config) else {}),
             **{self._cache_key: self.cache},
             **self._extra,
         )
-        self._node_positions = positions
         return outputs
 
-    def masks(self, ancestors: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
+    def _places(self, ancestors: torch.Tensor, positions: torch.Tensor) -> dict[str, Any]:
+        """What tells the target where the nodes are: masks and positions, as for a tree in [`masks`].
+
+        A chain needs what plain decoding gives, a mask ``[B, L + N]`` of the slots, and positions where the target
+        takes any.
+        """
+        if not self._causal:
+            return {"position_ids": positions, "attention_mask": self.masks(ancestors, positions)}
+        mask = torch.cat((self._valid, torch.ones_like(positions, dtype=torch.bool)), dim=1).long()
+        if self._static:  # some build their biases from the mask, for all slots
+            mask = F.pad(mask, (0, int(self.cache.get_max_length()) - mask.shape[1]))
+        takes_positions = "position_ids" in inspect.signature(self.target.forward).parameters
+        return {"attention_mask": mask} | ({"position_ids": positions} if takes_positions else {})
+
+    def attentions(self, tree: DraftTree, outputs: Any, row: int, node: int) -> tuple[torch.Tensor, ...]:
+        """What the token chosen at ``node`` of ``row`` attended to, as plain decoding returns it: one tensor a layer.
+
+        To be asked before [`keep`]. One device sync.
+        """
+        text = self._valid[row].clone()
+        text[: self._prompt_slots] = True  # padding before the prompt has columns too, of zeros
+        path = tree.ancestors[row, node].to(text.device)
+        columns = torch.cat((text, path)).nonzero()[:, 0]
+        # Sliding layers hold the last slots only.
+        offsets = [self.length + tree.size - layer.shape[-1] for layer in outputs.attentions]
+        offsets = [0 if self._static else offset for offset in offsets]
+        return self._plain_rows.token(
+            outputs.attentions, row, node, [columns[columns >= offset] - offset for offset in offsets]
+        )
+
+    def masks(self, ancestors: torch.Tensor, positions: torch.Tensor) -> Any:
         """The 4D mask of a tree behind the cached slots, one a layer kind where the target wants a dict.
 
         Args:
@@ -175,9 +249,9 @@ class TargetSession:
             positions: ``[B, N]``, positions of the nodes.
 
         Returns:
-            ``[B, 1, N, width]``: bool, or additive in the target's dtype for eager attention, which adds it.
+            ``[B, 1, N, width]``, in the form that the target's attention takes (see [`mask_for`]).
         """
-        masks: dict[str, torch.Tensor] = {}
+        masks: dict[str, Any] = {}
         rows, nodes = positions.shape
         for kind in dict.fromkeys(self._kinds):
             width, offset = (int(size) for size in self.cache.get_mask_sizes(nodes, self._kinds.index(kind)))
@@ -190,12 +264,7 @@ class TargetSession:
                 keys[:, :held] = self._positions[:, offset:]
                 keys[:, held : held + nodes] = positions
                 visible &= self._in_reach(kind, keys[:, None], positions[:, :, None])
-            visible = visible[:, None]
-            if self.target.config._attn_implementation == "eager":
-                dtype = self.target.dtype
-                blocked = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-                visible = blocked.masked_fill(~visible, torch.finfo(dtype).min)
-            masks[kind] = visible
+            masks[kind] = mask_for(self.target, visible[:, None])
         return masks if getattr(self.config, "layer_types", None) is not None else masks[self._kinds[0]]
 
     def _in_reach(self, kind: str, keys: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:

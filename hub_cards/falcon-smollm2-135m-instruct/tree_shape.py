@@ -136,6 +136,11 @@ class TreeShape:
         """Depth of the deepest node; the root has depth 0."""
         return len(self.paths[-1])
 
+    @property
+    def candidates(self) -> int:
+        """How many candidates of a law it needs at most, one more than its largest rank."""
+        return max(path[-1] for path in self.paths) + 1
+
     @cached_property
     def parents(self) -> tuple[int, ...]:
         """Parent of each node, -1 for the root."""

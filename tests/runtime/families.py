@@ -41,7 +41,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo2": {},
     "granite": {"embedding_multiplier": 2.0, "logits_scaling": 1.5, "residual_multiplier": 0.7},
     "smollm3": {"no_rope_layers": [1, 0, 1, 0]},
-    # Not in TREE_FAMILIES yet.
     "mixtral": _WINDOW | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": _EXPERTS | {"shared_expert_intermediate_size": 48},
     "qwen3_moe": _EXPERTS | _HEADS,
@@ -92,12 +91,24 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 
+# Families that take a chain only, as ``falcon_hf.runtime.target.FAMILIES`` names them.
+CHAIN_FAMILIES: dict[str, dict[str, Any]] = {
+    "bloom": {},
+    "falcon (ALiBi)": {"alibi": True},
+    "lfm2": {"full_attn_idxs": [1, 3], "conv_L_cache": 3},
+    "mpt": {"max_seq_len": 256, "use_cache": True},
+}
+
 
 @functools.cache
-def tiny_family(model_type: str, attention: str = "eager", std: float = 0.3) -> Any:
+def tiny_family(name: str, attention: str = "eager", std: float = 0.3, vocab: int = VOCAB) -> Any:
     """A random model of a family in float32; weights of ``std``, so that its text is varied."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **(SHAPE | {"initializer_range": std} | FAMILIES[model_type]))
+    shape = SHAPE | {"initializer_range": std, "vocab_size": vocab}
+    if name in CHAIN_FAMILIES:
+        del shape["max_position_embeddings"]  # ALiBi needs none, and mpt calls it something else
+    shape |= CHAIN_FAMILIES[name] if name in CHAIN_FAMILIES else FAMILIES[name]
+    config = AutoConfig.for_model(name.split()[0], **shape)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32).eval()
     # Some families initialise with a fixed small std; every matrix gets the same one here.
     generator = torch.Generator().manual_seed(1)

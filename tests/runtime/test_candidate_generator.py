@@ -48,7 +48,7 @@ def recorded_draft(
     plain = drafter.logits
 
     def logits(of: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-        features.append(of)
+        features.append(of.flatten(0, 1))
         return plain(of, head)
 
     drafter.logits = logits  # an instance attribute, taken away below
@@ -133,10 +133,10 @@ def test_paper_tree_is_each_path_alone(tiny_target, tiny_drafter, block_size):
 def another_blocks_states(monkeypatch):
     plain = FalconFusion.forward
 
-    def forward(self, features, embeddings, state=None):
+    def forward(self, features, embeddings, state=None, lengths=None):
         if state is not None and features.shape[0] > 1:
             state = tuple(part.roll(1, dims=1) for part in state)
-        return plain(self, features, embeddings, state)
+        return plain(self, features, embeddings, state, lengths)
 
     monkeypatch.setattr(FalconFusion, "forward", forward)
 
@@ -144,8 +144,8 @@ def another_blocks_states(monkeypatch):
 def changed_passes(monkeypatch, change):
     plain = FalconCandidateGenerator._plan
 
-    def plan(self, depth):
-        changed = copy.copy(plain(self, depth))
+    def plan(self, shape, depth):
+        changed = copy.copy(plain(self, shape, depth))
         changed.passes = [change(each) for each in changed.passes]
         return changed
 
@@ -221,11 +221,11 @@ def test_appending_in_pieces_is_appending_at_once(tiny_target, tiny_drafter, blo
 
 
 def lost_state(generator):
-    generator._state = None
+    generator.context._state = None
 
 
 def mixed_up_pairs(generator):
-    generator._recent = generator._recent.roll(1, dims=1)
+    generator.context._recent = generator.context._recent.roll(1, dims=1)
 
 
 @pytest.mark.parametrize("break_it", [lost_state, mixed_up_pairs])

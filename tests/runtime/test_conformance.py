@@ -31,14 +31,7 @@ CACHES = ("default", "own dynamic", "static", "continued")
 BATCHES = {1: (11,), 4: (3, 13, 6, 9)}
 MODES: tuple[dict[str, Any], ...] = ({"do_sample": False}, {"do_sample": True, "temperature": 0.8, "top_k": 12})
 # Families that are not served, with what their config needs to be made here.
-REFUSED: dict[str, dict[str, Any]] = {
-    "bloom": {},
-    "falcon": {"alibi": True},
-    "lfm2": {"full_attn_idxs": [1, 3]},
-    "mamba": {},
-    "mpt": {},
-    "qwen3_next": {},
-}
+REFUSED: dict[str, dict[str, Any]] = {"mamba": {}, "qwen3_next": {}}
 _ROWS: dict[tuple[str, str], list[str]] = {}
 
 

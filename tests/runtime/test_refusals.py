@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    BloomConfig,
-    FalconConfig,
     GenerationConfig,
+    GPTNeoConfig,
     MambaConfig,
     T5Config,
     T5ForConditionalGeneration,
@@ -62,7 +61,6 @@ def assert_refused(target: Any, drafter: Any, message: str, error: Any = ValueEr
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens .*drop one of the two"),
         ({"assistant_early_exit": 1}, "assistant_early_exit .*drop one of the two"),
         ({"assistant_tokenizer": object(), "tokenizer": object()}, "drop assistant_tokenizer"),
-        ({"return_dict_in_generate": True, "output_attentions": True}, "does not record attentions"),
     ],
     ids=str,
 )
@@ -144,10 +142,9 @@ def test_encoder_decoder(drafter):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (BloomConfig(**_TINY, n_layer=1, n_head=4), "not been verified on the family 'bloom'"),
         (
-            FalconConfig(**_TINY, num_hidden_layers=1, num_attention_heads=4, alibi=True),
-            "not been verified on the family 'falcon'",
+            GPTNeoConfig(**_TINY, num_layers=1, attention_types=[[["global"], 1]], num_heads=4),
+            "on the family 'gpt_neo'",
         ),
         (MambaConfig(**_TINY, num_hidden_layers=1, state_size=4), "recurrent state that cannot be rolled back"),
     ],
@@ -163,15 +160,6 @@ def test_layers_with_sequential_state(drafter):
     model = AutoModelForCausalLM.from_config(config).eval()
     model.config.layer_types = ["full_attention", "linear_attention"]
     assert_refused(model, drafter, "'linear_attention' layers, whose state is sequential")
-
-
-@pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3", "flex_attention"])
-def test_attention_without_tree_masks(target, drafter, attention):
-    """None of these can be loaded on every machine, so only the name is set."""
-    model = copy.deepcopy(target)
-    model.config._attn_implementation_internal = attention
-    assert model.config._attn_implementation == attention
-    assert_refused(model, drafter, rf"{attention}' takes no tree mask; call .*set_attn_implementation\('sdpa'\)")
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,20 @@ from typing import Annotated
 import typer
 
 from ..version import __version__
-from . import bench, convert, demo, generate, publish, report
+from . import bench, convert, demo, distill, generate, publish, report, train
 
 # Plain help: rich's boxes leave the many options of a command no room.
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-for command in (demo.demo, generate.generate, bench.bench, report.report, convert.convert, publish.publish):
+for command in (
+    demo.demo,
+    generate.generate,
+    distill.distill,
+    train.train,
+    bench.bench,
+    report.report,
+    convert.convert,
+    publish.publish,
+):
     app.command()(command)
 
 

@@ -12,147 +12,204 @@ Device syncs per draft: none.
 
 from __future__ import annotations
 
-import copy
 import functools
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn import functional as F
 
-from .modeling_falcon_drafter import DrafterCache, FusionState
-from .target import head_weight, input_embeddings
+from .drafter_context import DrafterContext
+from .dynamic_tree import DynamicTree, calibrated
+from .rejection import Proposals, SiblingDraws
+from .target import head_weight
 from .tree import DraftTree
+from .tree_growth import Growth
 from .tree_shape import DraftPass, TreeShape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .modeling_falcon_drafter import FalconDrafter
+    from .modeling_falcon_drafter import FalconDrafter, FusionState
 
 
 class FalconCandidateGenerator:
-    """Drafts for one row of one call of ``generate()``; [`for_rows`] makes one for each row of a batch.
+    """Drafts for all rows of one call of ``generate()``.
 
     Args:
         drafter: the drafter; its weights are read, nothing is written to it.
         target: gives embeddings and head rows.
-        shape: the static tree to fill; the config's by default, the paper's where the config has none.
+        shape: the tree to fill or to grow; the config's by default, the paper's where the config has none.
+        rows: B.
 
     Raises:
         ValueError: if the tree asks for more candidates than the draft vocabulary has tokens.
     """
 
-    def __init__(self, drafter: FalconDrafter, target: PreTrainedModel, shape: TreeShape | None = None) -> None:
+    def __init__(
+        self,
+        drafter: FalconDrafter,
+        target: PreTrainedModel,
+        shape: TreeShape | DynamicTree | None = None,
+        rows: int = 1,
+    ) -> None:
         self.drafter = drafter
         self.target = target
         self.block_size = drafter.config.block_size
-        self.shape = tree_shape(drafter) if shape is None else shape
-        widest = max(path[-1] for path in self.shape.paths) + 1
+        self.shape = drafter_tree(drafter) if shape is None else shape
+        widest = self.shape.candidates
         drafted_over = drafter.config.draft_vocab_size or drafter.config.vocab_size
         if widest > drafted_over:
             raise ValueError(f"The tree has {widest} siblings, but the draft vocabulary only {drafted_over} tokens.")
-        self._device, self._dtype = drafter.device, drafter.dtype
-        self._head = drafter.draft_head(head_weight(target)).to(self._device, self._dtype)
-        self._forget()
+        self.context = DrafterContext(drafter, target, rows)
+        self._draws: SiblingDraws | None = None
+        calibration = self.shape.calibration if isinstance(self.shape, DynamicTree) else None
+        self._calibration = None if calibration is None else calibration.tensors(self.context.device)
+        self._head = drafter.draft_head(head_weight(target)).to(drafter.device, drafter.dtype)
 
-    def for_rows(self, rows: int) -> list[FalconCandidateGenerator]:
-        """This generator and as many like it as make ``rows``, each with a context of its own; they share the head."""
-        others = [copy.copy(self) for _ in range(rows - 1)]
-        for other in others:
-            other._forget()
-        return [self, *others]
+    def append(self, features: torch.Tensor, tokens: torch.Tensor, lengths: list[int] | None = None) -> None:
+        """Tell the drafter of committed pairs, see [`DrafterContext.append`]."""
+        self.context.append(features, tokens, lengths)
 
-    def _forget(self) -> None:
-        """Start a context: nothing but the start pairs."""
-        drafter = self.drafter
-        self._cache = DrafterCache(len(drafter.layers))
-        self._state: FusionState | None = None
-        self._columns = 0
-        # Fused pairs from the column the cache ends at, at least the last k of them.
-        self._recent = torch.empty(1, 0, drafter.config.hidden_size, device=self._device, dtype=self._dtype)
-        zeros = drafter.start_pairs(self._recent)
-        self._append(zeros, zeros)
+    def draw_siblings(self, draws: SiblingDraws) -> None:
+        """From now on draw siblings from the drafter's law, for the verifier ``rejection``, instead of ranking them.
 
-    def append(self, features: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Tell the drafter of committed pairs: ``[1, S, H]`` features f_i and ``[1, S]`` tokens t_{i+1}."""
-        embeddings = input_embeddings(self.target, tokens)
-        self._append(features.to(self._device, self._dtype), embeddings.to(self._device, self._dtype))
-
-    def _append(self, features: torch.Tensor, embeddings: torch.Tensor) -> None:
-        if features.shape[1] == 0:
-            return
-        fused, self._state = self.drafter.fusion(features, embeddings, self._state)
-        self._columns += fused.shape[1]
-        wanted = max(self.block_size, self._columns - self._cache.length)
-        self._recent = torch.cat((self._recent, fused), dim=1)[:, -wanted:]
+        Raises:
+            ValueError: if the tree is not one whose ranks can be the order drawn.
+        """
+        check_drawn_tree(self.shape)
+        self._draws = draws
 
     def draft(self, root: torch.Tensor, max_depth: int) -> DraftTree:
-        """Draft a tree on the last committed token.
+        """Draft a tree a row on the last committed tokens.
 
         Args:
-            root: ``[1, 1]`` the last committed token; its pair must have been appended.
+            root: ``[B, 1]`` the last committed tokens; their pairs must have been appended.
             max_depth: no node deeper than this; the root alone below 1.
 
         Returns:
-            The tree, on the root's device.
+            The trees, on the root's device.
         """
-        plan = self._plan(min(max_depth, self.shape.depth))
-        if plan is None or self._columns < self.block_size:
+        if max_depth < 1 or not self.context.is_ready:
             return DraftTree.root_only(root)
-        tokens = torch.empty(1, plan.shape.size, dtype=torch.long, device=self._device)
+        own = root.to(self.context.device)
+        if isinstance(self.shape, DynamicTree):
+            tree = self._grow(own, self.shape, max_depth)
+        else:
+            tree = self._fill(own, self._plan(self.shape, min(max_depth, self.shape.depth)))
+        self.context.forget_tree()
+        return tree.to(root.device)
+
+    def _fill(self, root: torch.Tensor, plan: _FilledShape) -> DraftTree:
+        """A static tree: tokens for its nodes, pass by pass."""
+        rows = root.shape[0]
+        tokens = torch.empty(rows, plan.shape.size, dtype=torch.long, device=root.device)
         tokens[:, :1] = root
-        features, states = self._first_pass()
+        features, states = self.context.first_pass()
+        laws: list[torch.Tensor] = []
         for index, draft_pass in enumerate(plan.passes):
             if index > 0:
                 features, states = self._next_pass(draft_pass, tokens, features, states)
-            tokens[:, draft_pass.first_node : draft_pass.end_node] = self._candidates(features, draft_pass)
-        self._cache.crop(self._columns)
-        device = root.device
-        return DraftTree(tokens.to(device), plan.parents.to(device), plan.depths.to(device), plan.ancestors.to(device))
+            tokens[:, draft_pass.first_node : draft_pass.end_node] = self._candidates(features, draft_pass, laws)
+        ids = self.drafter.draft_vocab_ids
+        return DraftTree(
+            proposals=Proposals(torch.cat(laws, dim=1), *plan.siblings, ids) if laws else None,
+            tokens=tokens,
+            parents=plan.parents.expand(rows, -1),
+            depths=plan.depths.expand(rows, -1),
+            ancestors=plan.ancestors.expand(rows, -1, -1),
+        )
 
-    def _plan(self, depth: int) -> _FilledShape | None:
+    def _grow(self, root: torch.Tensor, spec: DynamicTree, max_depth: int) -> DraftTree:
+        """A dynamic tree: its shape and its tokens, pass by pass."""
+        k, rows, device = self.block_size, root.shape[0], root.device
+        growth = Growth(rows, spec.nodes, device)
+        boundary = growth.root()
+        row = torch.arange(rows, device=device)[:, None]
+        seen = torch.ones(rows, 1, 0, dtype=torch.bool, device=device)  # [B, W, blocks of passes but the first]
+        features, states = self.context.first_pass()
+        for index in range(spec.passes):
+            if index > 0:
+                # The boundary's blocks see the blocks on their own path, and themselves.
+                width = boundary.nodes.shape[1]
+                own = torch.eye(width, dtype=torch.bool, device=device).expand(rows, -1, -1)
+                seen = torch.cat((seen[row, boundary.blocks] if index > 1 else seen.expand(-1, width, -1), own), dim=2)
+                features, states = self.context.tree_pass(
+                    features.unflatten(1, (-1, k))[row, boundary.blocks].flatten(1, 2),
+                    boundary.tokens.flatten(1),
+                    self.context.states_of(states, boundary.blocks),
+                    torch.arange((index - 1) * k, index * k, device=device).repeat(width),
+                    seen.repeat_interleave(k, 1).repeat_interleave(k, 2),
+                )
+            chances, tokens = self._log_chances(features, spec, index)
+            start = index * k
+            last_level = growth.block_levels(boundary, chances, tokens, start, min(k, max_depth - start))
+            if index + 1 == spec.passes or max_depth <= start + k:
+                break
+            boundary = growth.next_boundary(*last_level, spec.width)
+            if spec.pass_cost is not None and not growth.pays(boundary, index + 1, spec.pass_cost):
+                break
+        return growth.tree(root)
+
+    def _log_chances(self, features: torch.Tensor, spec: DynamicTree, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log chances and tokens ``[B, W, k, b]`` of the candidates of pass ``index``'s laws."""
+        logits = self.drafter.logits(features, self._head).unflatten(1, (-1, self.block_size)).float()
+        best, ranked = logits.topk(spec.candidates, dim=-1)
+        chances = best - logits.logsumexp(-1, keepdim=True)
+        if self._calibration is not None:
+            points, tables = self._calibration
+            chances = calibrated(chances, points, tables[min(index, len(tables) - 1)])
+        ids = self.drafter.draft_vocab_ids
+        return chances, ranked if ids is None else ids[ranked]
+
+    def _plan(self, shape: TreeShape, depth: int) -> _FilledShape:
         """The tree cut at ``depth``, with its index tensors; made once a depth."""
-        return _filled_shape(self.shape, depth, self.block_size, self._device) if depth >= 1 else None
-
-    def _first_pass(self) -> tuple[torch.Tensor, FusionState | None]:
-        """Query the last k committed pairs: ``[1, k, H]`` features and the state behind them."""
-        fused, k = self._recent, self.block_size
-        rows, start = fused.shape[1], self._columns - fused.shape[1]
-        self._cache.crop(start)  # the last k are written again, because their block is another one now
-        positions = torch.arange(start, self._columns, device=self._device)
-        # Blocks are counted back from the newest pair; block(j) <= block(i) is the relaxed causal mask. One layer needs
-        # only the queries' rows of it, more layers all new rows.
-        blocks = (torch.arange(self._columns, device=self._device) - self._columns) // k
-        mask = blocks <= blocks[-k if len(self.drafter.layers) == 1 else start :, None]
-        features = self.drafter.decode(fused, positions[None], mask[None, None], queries=k, cache=self._cache)
-        self._cache.advance(rows)
-        self._recent = fused[:, -k:]
-        return features, self._state
+        return _filled_shape(shape, depth, self.block_size, self.context.device)
 
     def _next_pass(
         self, draft_pass: DraftPass, tokens: torch.Tensor, features: torch.Tensor, states: FusionState | None
     ) -> tuple[torch.Tensor, FusionState | None]:
-        """Query the blocks that hang on the boundary nodes: ``[1, W * k, H]`` features and W states."""
-        k, blocks = self.block_size, draft_pass.parent_block.shape[0]
-        pairs = features[0, draft_pass.row_features].view(blocks, k, -1)
-        embeddings = input_embeddings(self.target, tokens[0, draft_pass.row_nodes]).to(pairs.device, pairs.dtype)
-        if states is not None:
-            states = (states[0][:, draft_pass.parent_block], states[1][:, draft_pass.parent_block])
-        fused, states = self.drafter.fusion(pairs, embeddings.view(blocks, k, -1), states)
-        fused = fused.reshape(1, blocks * k, -1)
-        mask = F.pad(draft_pass.visible, (self._columns, 0), value=True)
-        positions = self._columns + draft_pass.row_positions
-        features = self.drafter.decode(fused, positions[None], mask[None, None], cache=self._cache)
-        self._cache.advance(blocks * k)
-        return features, states
+        """Query the blocks that hang on the boundary nodes: ``[B, W * k, H]`` features and B * W states."""
+        return self.context.tree_pass(
+            features[:, draft_pass.row_features],
+            tokens[:, draft_pass.row_nodes],
+            self.context.states_of(states, draft_pass.parent_block),
+            draft_pass.row_positions,
+            draft_pass.visible,
+        )
 
-    def _candidates(self, features: torch.Tensor, draft_pass: DraftPass) -> torch.Tensor:
-        """Tokens ``[1, M]`` of the pass's nodes: the ranked candidates of their laws."""
-        logits = self.drafter.logits(features[0], self._head)  # [W * k, draft vocabulary]
-        ranked = logits.topk(draft_pass.candidates, dim=-1).indices
-        chosen = ranked[draft_pass.source, draft_pass.rank]
+    def _candidates(self, features: torch.Tensor, draft_pass: DraftPass, laws: list[torch.Tensor]) -> torch.Tensor:
+        """Tokens ``[B, M]`` of the pass's nodes: the ranked, or drawn, candidates of their laws.
+
+        Laws that were drawn from are put into ``laws``, ``[B, W * k, draft vocabulary]``.
+        """
+        logits = self.drafter.logits(features, self._head)  # [B, W * k, draft vocabulary]
+        if self._draws is None:
+            ranked = logits.topk(draft_pass.candidates, dim=-1).indices
+        else:
+            ranked, law = self._draws.siblings(logits, draft_pass.candidates)
+            laws.append(law)
+        chosen = ranked[:, draft_pass.source, draft_pass.rank]
         ids = self.drafter.draft_vocab_ids
-        return (chosen if ids is None else ids[chosen])[None]
+        return chosen if ids is None else ids[chosen]
+
+
+def check_drawn_tree(shape: TreeShape | DynamicTree) -> None:
+    """Refuse trees that the verifier ``rejection`` would get a wrong law from.
+
+    Raises:
+        ValueError: naming what to do.
+    """
+    if isinstance(shape, DynamicTree):
+        raise ValueError(
+            "The verifier 'rejection' needs a static tree: choosing among drawn siblings by their score would change "
+            "the text's law. Set the drafter's config to verifier='follow', or give it a tree of paths."
+        )
+    known = set(shape.paths)
+    for path in shape.paths:
+        if path[-1] > 0 and (*path[:-1], path[-1] - 1) not in known:
+            raise ValueError(
+                "The verifier 'rejection' tries siblings in the order drawn, so their ranks must be 0, 1, 2, ...: the "
+                f"tree has path {list(path)} without the sibling before it. Add it, or set verifier='follow'."
+            )
 
 
 @functools.lru_cache(maxsize=64)
@@ -170,13 +227,42 @@ class _FilledShape:
         self.parents = torch.tensor(shape.parents, device=device)[None]
         self.depths = torch.tensor(shape.depths, device=device)[None]
         self.ancestors = shape.ancestors().to(device)[None]
+        self._device, self._block_size = device, block_size
+
+    @functools.cached_property
+    def siblings(self) -> tuple[tuple[int, ...], tuple[torch.Tensor, ...]]:
+        """Positions and children of all nodes, see [`Proposals`]."""
+        children: list[list[int]] = [[] for _ in self.shape.parents]
+        positions = [-1] * len(children)
+        before = 0
+        for each in self.passes:
+            for node, source in zip(range(each.first_node, each.end_node), each.source.tolist(), strict=True):
+                parent = self.shape.parents[node]
+                children[parent].append(node)
+                positions[parent] = before + source
+            before += max(each.row_nodes.shape[0], self._block_size)
+        return tuple(positions), tuple(torch.tensor(nodes, dtype=torch.long, device=self._device) for nodes in children)
+
+
+def drafter_tree(drafter: FalconDrafter) -> TreeShape | DynamicTree:
+    """The tree a drafter's config asks for: paths, a dynamic tree, or the paper's for its block size.
+
+    Raises:
+        ValueError: if the config's tree is none (see [`TreeShape.from_paths`] and [`DynamicTree.from_config`]).
+    """
+    tree = drafter.config.tree
+    if isinstance(tree, dict):
+        return DynamicTree.from_config(tree, drafter.config.block_size)
+    return TreeShape.paper(drafter.config.block_size) if tree is None else TreeShape.from_paths(tree)
 
 
 def tree_shape(drafter: FalconDrafter) -> TreeShape:
     """The static tree a drafter's config asks for.
 
     Raises:
-        ValueError: if the config's paths are not a tree (see [`TreeShape.from_paths`]).
+        ValueError: if the config's paths are not a tree, or it asks for a dynamic one.
     """
-    paths = drafter.config.tree
-    return TreeShape.paper(drafter.config.block_size) if paths is None else TreeShape.from_paths(paths)
+    tree = drafter_tree(drafter)
+    if isinstance(tree, DynamicTree):
+        raise ValueError("The drafter's tree is a dynamic one, which has no shape of its own; see drafter_tree.")
+    return tree

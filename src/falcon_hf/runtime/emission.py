@@ -22,6 +22,7 @@ class Emission:
         ended: whether the text has ended.
         scores, logits: one ``[1, V]`` an emitted token, or None where not asked for.
         hidden_states: one tuple of ``[1, 1, H]`` (one a layer) an emitted token but the first, or None.
+        attentions: one tuple of ``[1, heads, 1, width]`` (one a layer) an emitted token but the first, or None.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Emission:
         self.scores = record(generation_config.output_scores)
         self.logits = record(generation_config.output_logits)
         self.hidden_states = record(generation_config.output_hidden_states)
+        self.attentions = record(generation_config.output_attentions)
 
     @property
     def new_tokens(self) -> int:
@@ -63,11 +65,22 @@ class Emission:
     @property
     def is_plain_greedy(self) -> bool:
         """Whether a token is just the argmax, with nothing to process or record."""
-        recorded = (self.scores, self.logits, self.hidden_states)
+        recorded = (self.scores, self.logits, self.hidden_states, self.attentions)
         return not self._config.do_sample and len(self._processor) == 0 and all(kept is None for kept in recorded)
 
     def choose(self, logits: torch.Tensor) -> torch.Tensor:
         """The next token ``[1]`` from the target's logits ``[1, V]``: processed, recorded, then argmax or one draw."""
+        scores = self._score(logits)
+        if self._config.do_sample:
+            return self._draws.draw(scores.softmax(dim=-1), self._row, self.new_tokens)
+        return scores.argmax(dim=-1)
+
+    def law(self, logits: torch.Tensor) -> torch.Tensor:
+        """The law ``[1, V]`` that the next token is to have, from the target's logits: processed and recorded."""
+        return self._score(logits).softmax(dim=-1)
+
+    def _score(self, logits: torch.Tensor) -> torch.Tensor:
+        """Processed scores ``[1, V]`` in float32; recorded as the user asked."""
         # A copy in float32, as plain decoding makes one: processors may write into it.
         logits = logits.to(copy=True, dtype=torch.float32, device=self.ids.device)
         scores = self._process(logits)
@@ -75,9 +88,7 @@ class Emission:
             self.scores.append(scores)
         if self.logits is not None:
             self.logits.append(logits)
-        if self._config.do_sample:
-            return self._draws.draw(scores.softmax(dim=-1), self._row, self.new_tokens)
-        return scores.argmax(dim=-1)
+        return scores
 
     def _process(self, logits: torch.Tensor) -> torch.Tensor:
         """Run the processors on this row. Some look at the batch index, so the row stands at its own place."""

@@ -15,17 +15,22 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode, MaxLengthCriteria
 
-from .candidate_generator import FalconCandidateGenerator
+from .candidate_generator import FalconCandidateGenerator, drafter_tree
 from .draws import Draws
 from .emission import Emission
 from .outputs import StreamedRows, gather_output
+from .rejection import SiblingDraws
 from .statistics import GenerationStatistics
-from .target import check_target
+from .target import check_target, family
+from .target_attention import under_tree_attention
 from .target_session import TargetSession
 from .tree import DraftTree
+from .tree_shape import TreeShape, chain
 from .verification import follow, follow_greedy
 
 if TYPE_CHECKING:
@@ -56,8 +61,7 @@ def validate(
         The config for transformers' own checks, which refuse several sequences a prompt for any assistant.
 
     Raises:
-        ValueError: beam search and other modes, options that exclude a drafter, outputs that are not recorded, and
-            all of [`check_target`].
+        ValueError: beam search and other modes, options that exclude a drafter, and all of [`check_target`].
     """
     check_target(target, drafter.config)
     if generation_config.num_beams > 1:
@@ -74,15 +78,16 @@ def validate(
             raise ValueError(f"{option} and a Falcon drafter exclude each other ({why}): drop one of the two.")
     if generation_mode_kwargs.get("assistant_tokenizer") is not None:
         raise ValueError("A Falcon drafter shares the target's tokenizer: drop assistant_tokenizer.")
-    if generation_config.return_dict_in_generate and generation_config.output_attentions:
-        raise ValueError("Falcon does not record attentions for now: drop output_attentions or assistant_model.")
     if generation_config.use_cache is False:
-        raise ValueError("Falcon needs a key-value cache: drop use_cache=False or assistant_model.")
+        raise ValueError(
+            "Falcon needs a key-value cache: drop use_cache=False (or pass use_cache=True) or drop assistant_model."
+        )
     relaxed = copy.copy(generation_config)
     relaxed.num_return_sequences = 1
     return relaxed
 
 
+@under_tree_attention
 def decode(
     target: PreTrainedModel,
     drafter: FalconDrafter,
@@ -117,9 +122,13 @@ def decode(
             for row in range(input_ids.shape[0])
         ]
         stream = StreamedRows(streamer, rows, generation_config)
-        generators = FalconCandidateGenerator(drafter, target).for_rows(len(rows))
-        slots = generation_config.max_length + generators[0].shape.size
-        session = TargetSession(target, len(rows), slots, model_kwargs)
+        generator = FalconCandidateGenerator(drafter, target, chain_shape(drafter, target), rows=len(rows))
+        draws_siblings = drafter.config.verifier == "rejection" and generation_config.do_sample
+        siblings = SiblingDraws(generation_config.temperature or 1.0, drafter.device) if draws_siblings else None
+        if siblings is not None:
+            generator.draw_siblings(siblings)
+        slots = generation_config.max_length + generator.shape.size
+        session = TargetSession(target, len(rows), slots, model_kwargs, drafter.config.feature_layers)
         with statistics.timed("prefill"):
             outputs = session.prefill(input_ids, generation_config)
         with statistics.timed("walk"):
@@ -127,28 +136,23 @@ def decode(
                 row.ended = bool(row.commit(row.choose(outputs.logits[index : index + 1, -1])))
             stream.flush()
         with statistics.timed("draft"):
-            for row, generator, features in zip(rows, generators, session.prompt_features, strict=True):
-                known = min(features.shape[1], row.ids.shape[1])
-                generator.append(features[:, -known:], row.ids[:, -known:])
+            _append_prompt(generator, session.prompt_features, rows)
         prompt_states = outputs.hidden_states
         while target._has_unfinished_sequences(all(row.ended for row in rows), synced_gpus, device=input_ids.device):
             if all(row.ended for row in rows):
                 session.idle(rows[0].ids[:, -1:], generation_config)
                 continue
             with statistics.timed("draft"):
-                tree = _draft(rows, generators)
+                tree = _draft(rows, generator)
             with statistics.timed("verify"):
                 outputs = session.verify(tree, [row.budget for row in rows], generation_config)
             with statistics.timed("walk"):
-                paths = _walk(tree, outputs, rows)
+                paths = _walk(tree, outputs, rows, session, siblings)
                 stream.flush()
             with statistics.timed("cache"):
                 session.keep(paths, tree.size)
             with statistics.timed("draft"):
-                features = outputs.hidden_states[-1]
-                for index, path in enumerate(paths):
-                    if path and not rows[index].ended:
-                        generators[index].append(features[index : index + 1, path], rows[index].ids[:, -len(path) :])
+                _append_paths(generator, session.features(outputs), paths, rows)
             statistics.count(paths, tree.size)
         stream.end()
         draws.finish()
@@ -157,7 +161,16 @@ def decode(
     statistics.new_tokens = sum(row.new_tokens for row in rows)
     drafter.last_generation = statistics
     logger.debug("%s", statistics)
-    return gather_output(rows, generation_config, prompt_states, session.cache)
+    return gather_output(rows, generation_config, prompt_states, session.prompt_attentions, session.cache)
+
+
+def chain_shape(drafter: FalconDrafter, target: PreTrainedModel) -> TreeShape | None:
+    """For a target that can only verify a chain, the likeliest path of the drafter's tree; None for other targets."""
+    support = family(target)
+    if support is None or support.drafts != "chain":
+        return None
+    tree = drafter_tree(drafter)
+    return chain(tree.depth if isinstance(tree, TreeShape) else tree.depth(drafter.config.block_size))
 
 
 def check_row_ends(rows: int, stopping_criteria: StoppingCriteriaList, generation_config: GenerationConfig) -> None:
@@ -178,31 +191,46 @@ def check_row_ends(rows: int, stopping_criteria: StoppingCriteriaList, generatio
         )
 
 
-def _draft(rows: list[Emission], generators: list[FalconCandidateGenerator]) -> DraftTree:
-    """One tree a row, all of one shape; the rows that have ended get the root's token everywhere."""
+def _append_prompt(generator: FalconCandidateGenerator, features: list[torch.Tensor], rows: list[Emission]) -> None:
+    """Tell the drafter of the prompts: one ``[1, F, H]`` features a row, and the tokens one ahead."""
+    lengths = [min(states.shape[1], row.ids.shape[1]) for states, row in zip(features, rows, strict=True)]
+    known = zip(features, rows, lengths, strict=True)
+    pairs = [(states[0, -length:], row.ids[0, -length:]) for states, row, length in known]
+    states, tokens = (pad_sequence(list(part), batch_first=True) for part in zip(*pairs, strict=True))
+    generator.append(states, tokens, lengths)
+
+
+def _append_paths(
+    generator: FalconCandidateGenerator, features: torch.Tensor, paths: list[list[int]], rows: list[Emission]
+) -> None:
+    """Tell the drafter of a round: ``[B, N, H]`` features of the verified nodes, and each row's visited ones."""
+    if all(row.ended for row in rows):
+        return
+    if len(rows) == 1:
+        generator.append(features[:, paths[0]], rows[0].ids[:, -len(paths[0]) :])
+        return
+    lengths = [0 if row.ended else len(path) for path, row in zip(paths, rows, strict=True)]
+    longest = max(lengths)
+    nodes = [path[:length] + [0] * (longest - length) for path, length in zip(paths, lengths, strict=True)]
+    index = torch.tensor(nodes, device=features.device)[:, :, None].expand(-1, -1, features.shape[-1])
+    tokens = [
+        F.pad(row.ids[0, row.ids.shape[1] - length :], (0, longest - length))
+        for row, length in zip(rows, lengths, strict=True)
+    ]
+    generator.append(features.gather(1, index), torch.stack(tokens), lengths)
+
+
+def _draft(rows: list[Emission], generator: FalconCandidateGenerator) -> DraftTree:
+    """One tree a row, all of one size; those of rows that have ended are not looked at."""
     # The walk emits one token more than it accepts, so nodes from depth ``budget`` on could not be emitted.
     deepest = max(row.budget for row in rows if not row.ended) - 1
-    trees = {
-        index: generator.draft(row.ids[:, -1:], deepest)
-        for index, (row, generator) in enumerate(zip(rows, generators, strict=True))
-        if not row.ended
-    }
-    if len(rows) == 1:
-        return trees[0]
-    some = next(iter(trees.values()))
-    tokens = [
-        trees[index].tokens if index in trees else row.ids[:, -1:].expand(1, some.size)
-        for index, row in enumerate(rows)
-    ]
-    return DraftTree(
-        tokens=torch.cat(tokens),
-        parents=some.parents.expand(len(rows), -1),
-        depths=some.depths.expand(len(rows), -1),
-        ancestors=some.ancestors.expand(len(rows), -1, -1),
-    )
+    last = [row.ids[:, -1:] for row in rows]
+    return generator.draft(last[0] if len(rows) == 1 else torch.cat(last), deepest)
 
 
-def _walk(tree: DraftTree, outputs: Any, rows: list[Emission]) -> list[list[int]]:
+def _walk(
+    tree: DraftTree, outputs: Any, rows: list[Emission], session: TargetSession, siblings: SiblingDraws | None
+) -> list[list[int]]:
     """Emit tokens along each row's tree; returns the visited nodes, root first, none for a row that had ended."""
     if rows[0].is_plain_greedy:
         nodes, tokens, visited = follow_greedy(tree, outputs.logits)
@@ -218,8 +246,11 @@ def _walk(tree: DraftTree, outputs: Any, rows: list[Emission]) -> list[list[int]
             continue
 
         def choose(node: int, index: int = index, row: Emission = row) -> tuple[torch.Tensor, torch.Tensor]:
-            token = row.choose(outputs.logits[index : index + 1, node])
+            logits = outputs.logits[index : index + 1, node]
+            token = row.choose(logits) if siblings is None else siblings.follow_node(row.law(logits), tree, index, node)
             row.record_hidden_states(outputs.hidden_states, node)
+            if row.attentions is not None:
+                row.attentions.append(session.attentions(tree, outputs, index, node))
             return token[0], row.commit(token)
 
         path, row.ended = follow(tree, index, choose)

@@ -26,69 +26,20 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, rotate_half
 
 from .configuration_falcon_drafter import FalconDrafterConfig
+from .drafter_cache import DrafterCache
 from .repo_files import check_stamp, code_stamp, write_repo_files
 from .repo_upload import UPLOAD_OPTIONS, upload_repo
+from .rollout import RolloutKeys, own_pairs, relaxed_causal_mask, rollout_mask
 from .routing import install
 from .statistics import GenerationStatistics
 
 FusionState = tuple[torch.Tensor, torch.Tensor]
 """LSTM state (h, c), each ``[layers, B, H]``; of zero layers for a fusion without state."""
-
-
-def relaxed_causal_mask(length: int, block_size: int, offset: torch.Tensor) -> torch.Tensor:
-    """The relaxed causal mask of the paper (section 3.2): column i sees column j iff block(j) <= block(i).
-
-    Args:
-        length: S, columns of the pair sequence.
-        block_size: k.
-        offset: ``[B]`` in [0, k): block(c) = (c + offset) // k, the alignment of each row's blocks.
-
-    Returns:
-        ``[B, 1, S, S]`` bool, True where the query (row) sees the key (column).
-    """
-    block = (torch.arange(length, device=offset.device)[None] + offset[:, None]) // block_size
-    return block[:, None, None, :] <= block[:, None, :, None]
-
-
-class DrafterCache:
-    """Keys and values of the pairs seen so far, one growing buffer a layer; dropping the tail costs nothing.
-
-    ``length`` counts the columns in use. Buffers are ``[B, key-value heads, capacity, head_dim]``.
-    """
-
-    def __init__(self, num_layers: int) -> None:
-        self.length = 0
-        self._buffers: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * num_layers
-
-    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put ``[B, heads, S, head_dim]`` behind column ``length`` and return keys and values up to there.
-
-        Does not move ``length``: call [`advance`] once all layers have written.
-        """
-        end = self.length + keys.shape[2]
-        buffer = self._buffers[layer]
-        if buffer is None or buffer[0].shape[2] < end:
-            shape = (*keys.shape[:2], max(2 * end, 256), keys.shape[3])
-            grown = keys.new_zeros(shape), values.new_zeros(shape)
-            if buffer is not None:
-                for new, old in zip(grown, buffer, strict=True):
-                    new[:, :, : self.length] = old[:, :, : self.length]
-            buffer = self._buffers[layer] = grown
-        buffer[0][:, :, self.length : end] = keys
-        buffer[1][:, :, self.length : end] = values
-        return buffer[0][:, :, :end], buffer[1][:, :, :end]
-
-    def advance(self, columns: int) -> None:
-        """Keep the ``columns`` just written."""
-        self.length += columns
-
-    def crop(self, length: int) -> None:
-        """Forget everything from column ``length`` on."""
-        self.length = length
 
 
 class FalconFusion(nn.Module):
@@ -97,6 +48,7 @@ class FalconFusion(nn.Module):
     def __init__(self, config: FalconDrafterConfig) -> None:
         super().__init__()
         self.kind = config.fusion
+        self.embedding_scale = config.embedding_scale
         size = config.hidden_size
         if self.kind == "linear":
             self.linear = nn.Linear(2 * size, size, bias=config.fusion_bias)
@@ -109,18 +61,29 @@ class FalconFusion(nn.Module):
         return self.kind == "lstm"
 
     def forward(
-        self, features: torch.Tensor, embeddings: torch.Tensor, state: FusionState | None = None
+        self,
+        features: torch.Tensor,
+        embeddings: torch.Tensor,
+        state: FusionState | None = None,
+        lengths: list[int] | None = None,
     ) -> tuple[torch.Tensor, FusionState | None]:
         """``[B, S, H]`` features and embeddings -> ``[B, S, H]`` fused, and the state after the last pair.
 
         ``state`` is the state before the first pair, None for zeros; a fusion without recurrence returns None.
+        ``lengths`` of at least 1 say how many pairs each row has, if not all have S; the rest of a row is garbage.
         """
+        if self.embedding_scale != 1.0:
+            embeddings = embeddings * self.embedding_scale
         pairs = torch.cat((features, embeddings), dim=-1)
         if self.kind == "linear":
             return self.linear(pairs), None
         if self.kind == "lstm_stateless":
             fused, _ = self.lstm(pairs.flatten(0, 1)[:, None])
             return fused.view_as(features), None
+        if lengths is not None:
+            packed = pack_padded_sequence(pairs, torch.tensor(lengths), batch_first=True, enforce_sorted=False)
+            outputs, state = self.lstm(packed, state)
+            return pad_packed_sequence(outputs, batch_first=True, total_length=pairs.shape[1])[0], state
         fused, state = self.lstm(pairs, state)
         return fused, state
 
@@ -145,9 +108,13 @@ class FalconAttention(nn.Module):
         mask: torch.Tensor,
         queries: int,
         layer: int,
-        cache: DrafterCache | None,
+        cache: DrafterCache | RolloutKeys | None,
+        select: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``[B, S, H]`` -> ``[B, queries, H]`` for the last ``queries`` columns; mask ``[B, 1, queries, T]``."""
+        """``[B, S, H]`` -> ``[B, queries, H]`` for the last ``queries`` columns; mask ``[B, 1, queries, T]``.
+
+        With ``select`` ``[M]``, flat indices into ``[B * queries]``, only those: ``[M, H]``.
+        """
         batch, columns, _ = hidden.shape
         cos, sin = (table[:, None] for table in rotary)  # [B, 1, S, head_dim]
 
@@ -162,7 +129,8 @@ class FalconAttention(nn.Module):
         if cache is not None:
             keys, values = cache.write(layer, keys, values)
         out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=True)
-        return self.o_proj(out.transpose(1, 2).reshape(batch, queries, -1))
+        out = out.transpose(1, 2).reshape(batch, queries, -1)
+        return self.o_proj(out if select is None else out.flatten(0, 1).index_select(0, select))
 
 
 class FalconDecoderLayer(nn.Module):
@@ -177,10 +145,15 @@ class FalconDecoderLayer(nn.Module):
         self.mlp_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = LlamaMLP(config)
 
-    def forward(self, hidden: torch.Tensor, *, queries: int, **attention: Any) -> torch.Tensor:
-        """``[B, S, H]`` -> ``[B, queries, H]``; see [`FalconAttention.forward`]."""
-        attended = self.attention(self.input_norm(hidden), queries=queries, **attention)
-        hidden = hidden[:, hidden.shape[1] - queries :] + attended
+    def forward(
+        self, hidden: torch.Tensor, *, queries: int, select: torch.Tensor | None = None, **attention: Any
+    ) -> torch.Tensor:
+        """``[B, S, H]`` -> ``[B, queries, H]``, or ``[M, H]`` with ``select``; see [`FalconAttention.forward`]."""
+        attended = self.attention(self.input_norm(hidden), queries=queries, select=select, **attention)
+        hidden = hidden[:, hidden.shape[1] - queries :]
+        if select is not None:
+            hidden = hidden.flatten(0, 1).index_select(0, select)
+        hidden = hidden + attended
         return hidden + self.mlp(self.mlp_norm(hidden))
 
 
@@ -206,6 +179,15 @@ class FalconDrafter(PreTrainedModel):
 
     def __init__(self, config: FalconDrafterConfig) -> None:
         super().__init__(config)
+        layers = config.feature_layers
+        self.feature_fusion = (
+            None if layers is None else nn.Linear(len(layers) * config.hidden_size, config.hidden_size, bias=False)
+        )
+        if layers is not None:
+            # Inner states have channels a hundred times the others' size: each is brought to mean 0 and deviation 1.
+            earlier = (len(layers) - 1) * config.hidden_size
+            self.register_buffer("feature_mean", torch.zeros(earlier))
+            self.register_buffer("feature_scale", torch.ones(earlier))
         self.fusion = FalconFusion(config)
         self.layers = nn.ModuleList(FalconDecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.rotary = LlamaRotaryEmbedding(config)
@@ -291,7 +273,8 @@ class FalconDrafter(PreTrainedModel):
         positions: torch.Tensor,
         mask: torch.Tensor,
         queries: int | None = None,
-        cache: DrafterCache | None = None,
+        cache: DrafterCache | RolloutKeys | None = None,
+        select: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run the decoder layers over fused pairs.
 
@@ -301,9 +284,11 @@ class FalconDrafter(PreTrainedModel):
             mask: ``[B, 1, S, T]`` bool, True where visible; T counts the cached columns and these S.
             queries: how many of the last columns want an output; all by default.
             cache: written at its end; its length is left as it was, so advance it to keep the columns.
+            select: ``[M]``, flat indices into ``[B * queries]``: the only outputs wanted (training: the others have
+                no loss). All by default.
 
         Returns:
-            ``[B, queries, H]``, the estimates f^.
+            ``[B, queries, H]``, the estimates f^; ``[M, H]`` with ``select``.
         """
         rotary = self.rotary(fused, positions)
         queries = fused.shape[1] if queries is None else queries
@@ -311,7 +296,15 @@ class FalconDrafter(PreTrainedModel):
         for index, layer in enumerate(self.layers):
             # Only the last layer can leave columns out: the others' outputs are the next one's keys.
             wanted = queries if index == last else fused.shape[1]
-            fused = layer(fused, queries=wanted, rotary=rotary, mask=mask[:, :, -wanted:], layer=index, cache=cache)
+            fused = layer(
+                fused,
+                queries=wanted,
+                select=select if index == last else None,
+                rotary=rotary,
+                mask=mask[:, :, -wanted:],
+                layer=index,
+                cache=cache,
+            )
         return fused
 
     def forward(
@@ -320,26 +313,86 @@ class FalconDrafter(PreTrainedModel):
         embeddings: torch.Tensor,
         block_offset: torch.Tensor,
         pair_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """The training forward: a whole pair sequence at once.
+        select: torch.Tensor | None = None,
+        rollout_embeddings: torch.Tensor | None = None,
+        rollout_selects: list[torch.Tensor] | None = None,
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """The training forward: a whole pair sequence at once, and further passes over the drafter's own features.
+
+        Pass p > 1 does, for every block at once, what a draft's p-th pass does at inference: its pairs are the
+        estimates that pass p - 1 made in the block before, with the text's own tokens (see ``rollout.py``).
 
         Args:
             features: ``[B, S, H]``, column c holds f_{c-k+1}; start pairs included (see [`start_pairs`]).
             embeddings: ``[B, S, H]``, column c holds the embedding of t_{c-k+2}.
             block_offset: ``[B]`` in [0, k), each row's block alignment (see [`relaxed_causal_mask`]).
             pair_mask: ``[B, S]`` bool, False for padding; all True by default.
+            select: ``[M]`` flat indices into ``[B * S]``, the only outputs wanted of pass 1; all by default.
+            rollout_embeddings: ``[R, S, H]``, R <= B: the first R rows go on to further passes, with these embeddings.
+                ``select`` must hold all columns of those rows.
+            rollout_selects: one ``[M_p]`` for each further pass, flat indices into ``[R * S]`` of its wanted outputs.
 
         Returns:
-            ``[B, S, H]``; column c is the estimate of f_{c+1}.
+            ``[B, S, H]``, or ``[M, H]`` with ``select``; column c is the estimate of f_{c+1}. With
+            ``rollout_embeddings`` a list: that, and ``[M_p, H]`` of each further pass.
+
+        Raises:
+            ValueError: for a rollout of a recurrent fusion, whose states it would have to carry from pass to pass.
         """
         columns = features.shape[1]
-        fused, _ = self.fusion(features, embeddings)
+        fused, _ = self.fusion(self.combine(features), embeddings)
         mask = relaxed_causal_mask(columns, self.config.block_size, block_offset)
         if pair_mask is not None:
             # A padded column sees itself, so that no softmax row is empty.
             mask = mask & (pair_mask[:, None, None] | torch.eye(columns, dtype=torch.bool, device=mask.device))
         positions = torch.arange(columns, device=features.device)[None].expand(features.shape[0], -1)
-        return self.decode(fused, positions, mask)
+        if rollout_embeddings is None:
+            return self.decode(fused, positions, mask, select=select)
+        if self.fusion.is_recurrent:
+            raise ValueError("A rollout needs a fusion without recurrence: 'linear' or 'lstm_stateless'.")
+        rows = rollout_embeddings.shape[0]
+        keys = RolloutKeys(len(self.layers))
+        outputs = [self.decode(fused, positions, mask, select=select, cache=keys)]
+        keys.keep_rows(rows)
+        own = outputs[0]
+        if select is not None:
+            flat = own.new_zeros(fused.shape[0] * columns, own.shape[-1]).index_copy(0, select, own)
+            own = flat.view(fused.shape[0], columns, -1)
+        own = own[:rows]
+        selects = rollout_selects or []
+        for index, wanted in enumerate(selects):
+            fused, _ = self.fusion(own_pairs(own, self.config.block_size).to(fused.dtype), rollout_embeddings)
+            mask = rollout_mask(
+                columns,
+                self.config.block_size,
+                block_offset[:rows],
+                index + 2,
+                None if pair_mask is None else pair_mask[:rows],
+            )
+            if index == len(selects) - 1:  # nobody reads the other columns
+                outputs.append(self.decode(fused, positions[:rows], mask, select=wanted, cache=keys))
+                break
+            own = self.decode(fused, positions[:rows], mask, cache=keys)
+            outputs.append(own.flatten(0, 1).index_select(0, wanted))
+        return outputs
+
+    def combine(self, features: torch.Tensor) -> torch.Tensor:
+        """``[B, S, W]`` features as the target gives them -> ``[B, S, H]`` as the fusion takes them.
+
+        W is H, or H times the number of ``config.feature_layers``, whose states lie side by side.
+        """
+        if self.feature_fusion is None:
+            return features
+        earlier, last = features.split((self.feature_mean.shape[0], self.config.hidden_size), dim=-1)
+        earlier = (earlier - self.feature_mean) * self.feature_scale
+        return self.feature_fusion(torch.cat((earlier.to(last.dtype), last), dim=-1))
+
+    @torch.no_grad()
+    def standardise(self, sample: torch.Tensor) -> None:
+        """Note mean and deviation of the channels of a sample ``[n, W]`` of features, the last layer's apart."""
+        earlier = sample[:, : self.feature_mean.shape[0]].float()
+        self.feature_mean.copy_(earlier.mean(0))
+        self.feature_scale.copy_(1 / earlier.std(0).clamp_min(1e-6))
 
     def logits(self, features: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         """``[..., H]`` features -> ``[..., draft vocabulary]`` through the target's head rows (see [`draft_head`])."""

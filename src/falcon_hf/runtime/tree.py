@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .rejection import Proposals
+
 
 @dataclass(frozen=True)
 class DraftTree:
@@ -25,7 +27,8 @@ class DraftTree:
         parents: ``[B, N]`` long; the root's is -1.
         depths: ``[B, N]`` long; the root's is 0.
         ancestors: ``[B, N, N]`` bool; row v marks the path from the root to v.
-        scores: ``[B, N]`` float, the drafter's log probability of each node's path, or None where nobody asked.
+        scores: ``[B, N]`` float, the log chance of each node's path in a dynamic tree; None in a static one.
+        proposals: the laws that siblings were drawn from, on the drafter's device; None if they were not drawn.
     """
 
     tokens: torch.Tensor
@@ -33,11 +36,25 @@ class DraftTree:
     depths: torch.Tensor
     ancestors: torch.Tensor
     scores: torch.Tensor | None = None
+    proposals: Proposals | None = None
 
     @property
     def size(self) -> int:
         """N, the root included."""
         return self.tokens.shape[1]
+
+    def to(self, device: torch.device) -> DraftTree:
+        """The same on another device."""
+        if self.tokens.device == device:
+            return self
+        return DraftTree(
+            tokens=self.tokens.to(device),
+            parents=self.parents.to(device),
+            depths=self.depths.to(device),
+            ancestors=self.ancestors.to(device),
+            scores=None if self.scores is None else self.scores.to(device),
+            proposals=self.proposals,
+        )
 
     @classmethod
     def root_only(cls, tokens: torch.Tensor) -> DraftTree:

@@ -1,0 +1,168 @@
+"""Grows a dynamic tree a batch row by cumulative scores, with fixed shapes and no look at any value. Knows no model.
+
+A node's score is the sum of its path's log chances of acceptance, so it never exceeds its parent's, and the N best
+candidates of all are a tree (EAGLE-2's rerank; Sequoia's optimum for given scores). Where a child ties with its parent
+the one that was found first is taken, and parents are found first.
+
+Inside a block all laws are known at once: a level is the sums of the level before and the next position's candidates,
+of which a block keeps the N best, more than which cannot survive. Only the best boundary nodes are continued by another
+drafter pass.
+
+``tests/runtime/test_tree_growth.py`` holds it against brute force. Device syncs: none, except in [`Growth.pays`].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from .tree import DraftTree
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """The nodes that a pass's W blocks hang on.
+
+    Attributes:
+        scores: ``[B, W]``.
+        nodes: ``[B, W]``, indices among the candidates; -1 for the root.
+        blocks: ``[B, W]``, the block of the pass before in which each node lies.
+        tokens: ``[B, W, k]``, the tokens of that block's path to the node.
+    """
+
+    scores: torch.Tensor
+    nodes: torch.Tensor
+    blocks: torch.Tensor
+    tokens: torch.Tensor
+
+
+class Growth:
+    """All candidates of one round.
+
+    Args:
+        rows: B.
+        nodes: N, how many are to be kept.
+        device: where the scores live.
+    """
+
+    def __init__(self, rows: int, nodes: int, device: torch.device) -> None:
+        self._rows, self._nodes, self._device = rows, nodes, device
+        self._scores: list[torch.Tensor] = []
+        self._tokens: list[torch.Tensor] = []
+        self._parents: list[torch.Tensor] = []
+        self._depths: list[tuple[int, int]] = []  # how many candidates of which depth
+        self._count = 0
+        self._block_gain: torch.Tensor | None = None
+
+    def root(self) -> Boundary:
+        """What the first pass hangs on."""
+        zeros = torch.zeros(self._rows, 1, dtype=torch.long, device=self._device)
+        return Boundary(zeros.float(), zeros - 1, zeros, zeros[:, :, None])
+
+    def add(self, scores: torch.Tensor, tokens: torch.Tensor, parents: torch.Tensor, depth: int) -> torch.Tensor:
+        """Add candidates of one depth, each ``[B, M]``; parents by the indices that this returns, ``[1, M]``."""
+        first, self._count = self._count, self._count + scores.shape[1]
+        self._scores.append(scores)
+        self._tokens.append(tokens)
+        self._parents.append(parents)
+        self._depths.append((scores.shape[1], depth))
+        return torch.arange(first, self._count, device=self._device)[None]
+
+    def block_levels(
+        self, boundary: Boundary, log_chances: torch.Tensor, tokens: torch.Tensor, start: int, levels: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Expand a pass's blocks.
+
+        Args:
+            boundary: the W nodes they hang on.
+            log_chances: ``[B, W, k, b]``, at most 0, of the candidates of each position's law.
+            tokens: ``[B, W, k, b]``, theirs; those of one law differ.
+            start: depth of the boundary.
+            levels: how many of the k levels to expand.
+
+        Returns:
+            The last level: scores ``[B, W, n]``, candidate indices ``[1, W, n]``, path tokens ``[B, W, n, levels]``.
+        """
+        rows, _, _, candidates = tokens.shape
+        # A NaN from broken weights ranks last, so that it cannot outrank its parent.
+        log_chances = log_chances.nan_to_num(nan=-torch.inf).clamp_max(0)
+        scores = boundary.scores[:, :, None] + log_chances[:, :, 0]
+        history = tokens[:, :, 0, :, None]
+        parents = boundary.nodes[:, :, None].expand(-1, -1, candidates)
+        indices = self._add_level(scores, history, parents, start + 1)
+        for level in range(1, levels):
+            sums = (scores[:, :, :, None] + log_chances[:, :, level, None]).flatten(2)
+            scores, best = sums.topk(min(self._nodes, sums.shape[-1]), dim=-1)
+            before = best // candidates
+            new = tokens[:, :, level].gather(2, best % candidates)
+            history = history.gather(2, before[:, :, :, None].expand(-1, -1, -1, level))
+            history = torch.cat((history, new[:, :, :, None]), dim=-1)
+            parents = indices.expand(rows, -1, -1).gather(2, before)
+            indices = self._add_level(scores, history, parents, start + level + 1)
+        return scores, indices, history
+
+    def _add_level(
+        self, scores: torch.Tensor, history: torch.Tensor, parents: torch.Tensor, depth: int
+    ) -> torch.Tensor:
+        """Add a level of W blocks, ``[B, W, n]``; returns its candidate indices ``[1, W, n]``."""
+        added = self.add(scores.flatten(1), history[..., -1].flatten(1), parents.flatten(1), depth)
+        return added.view(1, scores.shape[1], -1)
+
+    @staticmethod
+    def next_boundary(scores: torch.Tensor, indices: torch.Tensor, history: torch.Tensor, width: int) -> Boundary:
+        """The ``width`` best nodes of a pass's last level, given as [`block_levels`] returns it."""
+        by_block = scores.shape[2]
+        best_scores, best = scores.flatten(1).topk(min(width, scores.shape[1] * by_block), dim=-1)
+        nodes = indices.flatten(1).expand(scores.shape[0], -1).gather(1, best)
+        paths = history.flatten(1, 2)
+        tokens = paths.gather(1, best[:, :, None].expand(-1, -1, paths.shape[-1]))
+        return Boundary(best_scores, nodes, best // by_block, tokens)
+
+    def pays(self, boundary: Boundary, passes: int, pass_cost: float) -> bool:
+        """Whether another pass over ``boundary`` would raise tokens per time. One device sync.
+
+        The tree's expected tokens E are one and the sum of its nodes' chances. Another pass is taken to add what the
+        first one added, times the chance that its boundary is reached, and costs ``pass_cost`` of a verification.
+        """
+        best = torch.cat(self._scores, dim=1)
+        expected = best.topk(min(self._nodes, best.shape[1]), dim=1).values.exp().sum(1)
+        if self._block_gain is None:
+            self._block_gain = expected
+        gain = (boundary.scores.exp().sum(1) * self._block_gain).mean()
+        return bool(gain / pass_cost > (1 + expected.mean()) / (1 + passes * pass_cost))
+
+    def tree(self, root: torch.Tensor) -> DraftTree:
+        """The N best candidates on root tokens ``[B, 1]``, fewer if there are fewer; node ids by falling scores."""
+        scores = torch.cat(self._scores, dim=1)
+        kept = min(self._nodes, scores.shape[1])
+        # Stable: of a parent and a child with the same score the parent comes first.
+        scores, order = scores.sort(dim=1, descending=True, stable=True)
+        scores, order = scores[:, :kept], order[:, :kept]
+        node_of = torch.zeros(self._rows, self._count + 1, dtype=torch.long, device=self._device)
+        ids = torch.arange(1, kept + 1, device=self._device).expand(self._rows, -1)
+        node_of.scatter_(1, order + 1, ids)  # the root is at 0
+        parents = node_of.gather(1, torch.cat(self._parents, dim=1).gather(1, order) + 1)
+        tokens = torch.cat(self._tokens, dim=1).gather(1, order)
+        depths = torch.cat([torch.full((count,), depth) for count, depth in self._depths]).to(self._device)[order]
+        parents = F.pad(parents, (1, 0), value=-1)
+        return DraftTree(
+            tokens=torch.cat((root, tokens), dim=1),
+            parents=parents,
+            depths=F.pad(depths, (1, 0)),
+            ancestors=ancestors_of(parents, max(depth for _, depth in self._depths)),
+            scores=F.pad(scores, (1, 0)),
+        )
+
+
+def ancestors_of(parents: torch.Tensor, depth: int) -> torch.Tensor:
+    """``[B, N, N]`` bool, see [`DraftTree`], from ``[B, N]`` parents of nodes no deeper than ``depth``; no sync."""
+    size = parents.shape[1]
+    nodes = torch.arange(size, device=parents.device)
+    steps = ((parents[:, :, None] == nodes) | (nodes[:, None] == nodes)).float()
+    reach = 1
+    while reach < depth:
+        steps = steps @ steps  # counts ways, so it is positive exactly where there is one
+        reach *= 2
+    return steps > 0

@@ -1,0 +1,90 @@
+"""A training's progress on the terminal: one line a log, one an evaluation, and a bar while features are computed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+
+class TrainingProgress(TrainerCallback):
+    """Prints what the trainer logs, with the time left.
+
+    Args:
+        console: where to.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._began: tuple[float, int] | None = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start the clock at the first step, which after a resume is not step 0."""
+        if self._began is None:
+            self._began = time.monotonic(), state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        """One line."""
+        if not state.is_world_process_zero or not logs:
+            return
+        if "loss" in logs:
+            self._console.print(self._training_line(state, logs), soft_wrap=True)
+        elif "eval_loss" in logs:
+            for line in evaluation_lines(logs):
+                self._console.print(line, soft_wrap=True)
+
+    def _training_line(self, state: Any, logs: dict[str, Any]) -> str:
+        named = {"agreement": "agrees", "pass2_agreement": "pass 2", "kl": "kl", "smooth_l1": "smooth-l1"}
+        numbers = " ".join(f"{label} {logs[name]:.3f}" for name, label in named.items() if name in logs)
+        left = ""
+        if self._began is not None and state.global_step > self._began[1]:
+            since, first = self._began
+            seconds = (time.monotonic() - since) / (state.global_step - first) * (state.max_steps - state.global_step)
+            left = f", {seconds / 60:.0f} min left"
+        speed = logs.get("positions_per_second", 0.0)
+        step = f"step {state.global_step}/{state.max_steps}"
+        return f"{step} loss {logs['loss']:.4f} {numbers} {speed:,.0f} positions/s{left}"
+
+
+def evaluation_lines(logs: dict[str, Any], prefix: str = "eval") -> list[str]:
+    """An evaluation as lines: loss and acceptance length, then the accuracies of each pass."""
+    lines = [
+        f"held out: loss {logs[f'{prefix}_loss']:.4f}, {logs[f'{prefix}_tau_with_bonus']:.3f} tokens a round (simulated)"
+    ]
+    number = 1
+    while f"{prefix}_pass{number}_position1_top1" in logs:
+        places, place = [], 1
+        while f"{prefix}_pass{number}_position{place}_top1" in logs:
+            tops = [logs[f"{prefix}_pass{number}_position{place}_top{top}"] for top in (1, 3, 10)]
+            places.append(" / ".join(f"{100 * top:.1f}" for top in tops))
+            place += 1
+        lines.append(f"  pass {number}, top 1 / 3 / 10 in % a position: {'; '.join(places)}")
+        number += 1
+    return lines
+
+
+@contextmanager
+def feature_bar(console: Console) -> Iterator[Callable[[int, int], None]]:
+    """A function to call with (done, all) tokens; the bar appears at the first call and goes when all is done."""
+    columns = (TextColumn("features"), BarColumn(), TextColumn("{task.completed:,.0f} tokens"), TimeRemainingColumn())
+    bar = Progress(*columns, console=console, transient=True)
+    task: TaskID | None = None
+
+    def update(done: int, whole: int) -> None:
+        nonlocal task
+        if task is None:
+            bar.start()
+            task = bar.add_task("features", total=whole)
+        bar.update(task, completed=done)
+        if done >= whole:
+            bar.stop()
+
+    try:
+        yield update
+    finally:
+        bar.stop()

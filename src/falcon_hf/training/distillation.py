@@ -1,0 +1,280 @@
+"""Distillation data: prompts answered by the target itself, kept so that a run cut off at any time goes on.
+
+In the output folder: ``turns.jsonl`` (user turns, one a line), ``dialogues.jsonl`` (``n``: number of the turn, ``p``:
+the prompt's token ids, ``r``: the answer's), both only ever appended to; ``recipe.json``, everything that decides the
+data; and, from [`save_dataset`], the same as a ``datasets`` dataset with ``input_ids`` and ``loss_mask``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from ..runtime.target import fingerprint
+from ..version import __version__
+from .batched_generation import Sampler, generate_texts, greedy
+from .errors import DistillationError
+from .prompts import chat_prompt, distinct, end_ids, made_turns, normalised, read_turns
+
+logger = logging.getLogger(__name__)
+
+DIALOGUES, TURNS, RECIPE, FEATURES = "dialogues.jsonl", "turns.jsonl", "recipe.json", "features.bfloat16"
+
+
+@dataclass(frozen=True)
+class DistillationSettings:
+    """What decides the data.
+
+    Attributes:
+        dialogues: how many.
+        prompts: a file or Hub dataset of prompts; None: the target makes them.
+        column: of the dataset.
+        split: of the dataset.
+        stems: beginnings of self-made turns; None: those of ``stems.py``.
+        excluded: user turns that no prompt may begin like (a benchmark's).
+        temperature: of the answers; 0 is greedy.
+        top_p: of sampled answers.
+        max_prompt_tokens: longer prompts are left out.
+        max_new_tokens: of an answer; longer ones are cut.
+        batch_size: rows decoded together.
+        feature_layers: hidden states to keep beside the text, for the trainer; None: none.
+        seed: of turns and sampled answers.
+    """
+
+    dialogues: int = 10_000
+    prompts: str | None = None
+    column: str | None = None
+    split: str = "train"
+    stems: list[str] | None = None
+    excluded: list[str] = field(default_factory=list)
+    temperature: float = 0.0
+    top_p: float = 0.95
+    max_prompt_tokens: int = 256
+    max_new_tokens: int = 192
+    batch_size: int = 64
+    feature_layers: list[int] | None = None
+    seed: int = 0
+
+
+@dataclass
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        dialogues: finished, earlier runs' included.
+        answer_tokens: of this run.
+        seconds: of this run.
+    """
+
+    dialogues: int = 0
+    answer_tokens: int = 0
+    seconds: float = 0.0
+
+
+class FeatureFile:
+    """Features of the dialogues' tokens, in their order, as raw bfloat16 rows ``[tokens, W]``; appended to.
+
+    Args:
+        path: of the file.
+        target: whose features.
+        layers: hidden states side by side; None: the file stays away.
+    """
+
+    def __init__(self, path: Path, target: PreTrainedModel, layers: list[int] | None) -> None:
+        self._path = path
+        self._row_bytes = 2 * len(layers or ()) * int(target.config.get_text_config().hidden_size)
+
+    def cut(self, tokens: int) -> None:
+        """Drop rows behind those of ``tokens`` tokens: of a dialogue whose line was never written.
+
+        Raises:
+            DistillationError: if there are fewer.
+        """
+        if not self._row_bytes:
+            return
+        self._path.touch()
+        wanted = tokens * self._row_bytes
+        if self._path.stat().st_size < wanted:
+            raise DistillationError(
+                f"{self._path} lacks features of dialogues that are there: choose another --output."
+            )
+        os.truncate(self._path, wanted)
+
+    def append(self, features: torch.Tensor | None) -> None:
+        """Write the rows ``[n, W]`` of one dialogue."""
+        if features is None:
+            return
+        with self._path.open("ab") as file:
+            file.write(features.to(torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+
+
+def distil(target: PreTrainedModel, tokenizer: Any, settings: DistillationSettings, output: Path) -> Iterator[Progress]:
+    """Answer prompts until the output folder holds ``settings.dialogues`` dialogues.
+
+    Yields:
+        The state after every finished dialogue, the same object each time.
+
+    Raises:
+        DistillationError: if the folder holds data of other settings or another target, or the prompts run out of use.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    _check_recipe(output, _recipe(target, settings))
+    answered = {int(line["n"]) for line in read_lines(output / DIALOGUES)}
+    progress, started = Progress(len(answered)), time.perf_counter()
+    wanted = settings.dialogues - len(answered)
+    if wanted <= 0:
+        return
+    numbers: list[int] = []
+    prompts: dict[int, list[int]] = {}
+
+    def feed() -> Iterator[list[int]]:
+        for number, turn in _turns(target, tokenizer, settings, output, answered):
+            if len(numbers) == wanted:
+                return
+            prompt = chat_prompt(tokenizer, turn)
+            if len(prompt) <= settings.max_prompt_tokens:
+                prompts[len(numbers)] = prompt
+                numbers.append(number)
+                yield prompt
+
+    choose = Sampler(settings.temperature, settings.top_p, seed=settings.seed) if settings.temperature else greedy
+    texts = generate_texts(
+        target,
+        feed(),
+        batch_size=settings.batch_size,
+        max_new_tokens=settings.max_new_tokens,
+        end_ids=end_ids(target, tokenizer),
+        choose=choose,
+        feature_layers=settings.feature_layers,
+    )
+    features = FeatureFile(output / FEATURES, target, settings.feature_layers)
+    features.cut(sum(len(line["p"]) + len(line["r"]) for line in read_lines(output / DIALOGUES)))
+    with (output / DIALOGUES).open("a", encoding="utf-8") as file:
+        for text in texts:
+            line = {"n": numbers[text.number], "p": prompts.pop(text.number), "r": text.tokens}
+            features.append(text.features)  # first, so that a line is a promise
+            file.write(json.dumps(line, separators=(",", ":")) + "\n")
+            file.flush()
+            progress.dialogues += 1
+            progress.answer_tokens += len(text.tokens)
+            progress.seconds = time.perf_counter() - started
+            yield progress
+    if progress.dialogues == len(answered):
+        raise DistillationError("No prompt was left to answer: all are used, too long or excluded.")
+
+
+def _turns(
+    target: PreTrainedModel, tokenizer: Any, settings: DistillationSettings, output: Path, answered: set[int]
+) -> Iterator[tuple[int, str]]:
+    """Numbered turns without an answer: those of earlier runs, then new ones, noted before they are used."""
+    earlier = [str(line["turn"]) for line in read_lines(output / TURNS)]
+    yield from ((number, turn) for number, turn in enumerate(earlier) if number not in answered)
+    if settings.prompts is None:
+        source = made_turns(
+            target,
+            tokenizer,
+            batch_size=settings.batch_size,
+            seed=settings.seed + len(earlier),  # a run that goes on makes other turns than those it has
+            stems=settings.stems,
+        )
+    else:
+        source = read_turns(settings.prompts, settings.column, settings.split)
+    seen = {normalised(turn) for turn in earlier}
+    with (output / TURNS).open("a", encoding="utf-8") as file:
+        for number, turn in enumerate(distinct(source, seen, settings.excluded), start=len(earlier)):
+            file.write(json.dumps({"turn": turn}, ensure_ascii=False) + "\n")
+            file.flush()
+            yield number, turn
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a jsonl file, none if there is no file; a last line that was cut off is removed from the file.
+
+    Raises:
+        DistillationError: if another line is no JSON object.
+    """
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        logger.warning("%s ends in the middle of a line, from a run that was cut off; the line is dropped.", path)
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    lines = []
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            lines.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise DistillationError(f"{path}, line {number}, is no JSON object: {error}") from error
+    return lines
+
+
+def _recipe(target: PreTrainedModel, settings: DistillationSettings) -> dict[str, Any]:
+    """Everything that decides the data, as JSON."""
+    return {
+        "target": target.config._name_or_path or type(target).__name__,
+        "target_fingerprint": fingerprint(target),
+        "target_dtype": str(target.dtype).removeprefix("torch."),
+        "settings": asdict(settings),
+        "versions": {
+            "falcon_hf": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def _check_recipe(output: Path, recipe: dict[str, Any]) -> None:
+    """Write the recipe, or hold it against the one that is there; only the number of dialogues and rows may differ."""
+    path = output / RECIPE
+    if path.exists():
+        try:
+            held = json.loads(path.read_text(encoding="utf-8"))
+            mine, theirs = _comparable(recipe), _comparable(held)
+        except (ValueError, KeyError, TypeError) as error:
+            raise DistillationError(f"{path} is no recipe of falcon-hf distill: {error}") from error
+        different = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+        if different:
+            raise DistillationError(
+                f"{output} holds data made otherwise ({', '.join(different)} differ): choose another --output."
+            )
+    elif (output / DIALOGUES).exists():
+        raise DistillationError(f"{output} holds dialogues without a {RECIPE}: choose another --output.")
+    path.write_text(json.dumps(recipe, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _comparable(recipe: dict[str, Any]) -> dict[str, Any]:
+    settings = {key: value for key, value in recipe["settings"].items() if key not in {"dialogues", "batch_size"}}
+    return settings | {key: recipe[key] for key in ("target", "target_fingerprint", "target_dtype")}
+
+
+def save_dataset(output: Path) -> tuple[int, int]:
+    """Save the folder's dialogues as a ``datasets`` dataset in it: ``input_ids`` and ``loss_mask``, 1 for answers.
+
+    Returns:
+        The number of dialogues and of answer tokens.
+
+    Raises:
+        DistillationError: if there are none.
+    """
+    from datasets import Dataset
+
+    lines = read_lines(output / DIALOGUES)
+    if not lines:
+        raise DistillationError(f"{output} holds no dialogues.")
+    rows = [
+        {"input_ids": line["p"] + line["r"], "loss_mask": [0] * len(line["p"]) + [1] * len(line["r"])} for line in lines
+    ]
+    Dataset.from_list(rows).save_to_disk(str(output))
+    return len(lines), sum(len(line["r"]) for line in lines)

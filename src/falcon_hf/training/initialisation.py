@@ -1,0 +1,58 @@
+"""Where a drafter starts: small random layers around a fusion that hands the newest true feature on.
+
+Measured on SmolLM2-135M: started so, the drafter's first estimates are already features of the right size, and its
+accuracy runs ahead by about 2 points at 50 steps, 1 at 175 (one run each).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..runtime.modeling_falcon_drafter import FalconDrafter
+
+_IDENTITY = 0.7
+_EMBEDDING_SHARE = 0.34  # of a feature's standard deviation, what the embedding half adds at the start
+
+
+def typical_sizes(features: Iterable[torch.Tensor], embeddings: Iterable[torch.Tensor]) -> tuple[float, float]:
+    """Standard deviations of features ``[n, H]`` and of the embeddings of the same text ``[n, H]``."""
+    sizes = [
+        torch.cat([part.float().flatten() for part in parts]).std() for parts in (list(features), list(embeddings))
+    ]
+    return float(sizes[0]), float(sizes[1])
+
+
+def embedding_scale(feature_size: float, embedding_size: float) -> float:
+    """What embeddings should be multiplied with to be of a feature's size (``config.embedding_scale``)."""
+    return float(f"{0.7 * feature_size / max(embedding_size, 1e-12):.2g}")
+
+
+@torch.no_grad()
+def near_identity_start(drafter: FalconDrafter, feature_size: float, embedding_size: float) -> None:
+    """Let a linear fusion start as 0.7 of the feature plus a little of the embedding, and the layer at half size.
+
+    An LSTM cannot be an identity: only the layer is changed. With ``feature_layers`` their matrix starts as the last.
+
+    Args:
+        drafter: freshly made.
+        feature_size: standard deviation of the target's features.
+        embedding_size: of its embeddings, before ``config.embedding_scale``.
+    """
+    size = drafter.config.hidden_size
+    if drafter.feature_fusion is not None:
+        weight = drafter.feature_fusion.weight
+        weight[:, :-size].mul_(0.1)
+        weight[:, -size:] = torch.eye(size, dtype=weight.dtype, device=weight.device)
+    if drafter.fusion.kind == "linear":
+        weight = drafter.fusion.linear.weight
+        weight[:, :size].mul_(0.25).add_(torch.eye(size, dtype=weight.dtype, device=weight.device), alpha=_IDENTITY)
+        width = embedding_size * drafter.config.embedding_scale * size**0.5
+        nn.init.normal_(weight[:, size:], std=_EMBEDDING_SHARE * feature_size / max(width, 1e-12))
+    layers: Any = drafter.layers
+    for layer in layers:
+        layer.attention.o_proj.weight.mul_(0.5)
+        layer.mlp.down_proj.weight.mul_(0.5)

@@ -1,0 +1,158 @@
+"""User turns to answer: read from a dataset, or made by the target itself; and chat prompts from them."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from .batched_generation import Sampler, generate_texts
+from .errors import DistillationError
+from .stems import draw_stem
+
+logger = logging.getLogger(__name__)
+
+_COLUMNS = ("prompt", "instruction", "question", "text", "input")
+_SENTINEL = "falcon0sentinel"
+_LONGEST_TURN = 160  # tokens of a self-made turn; longer ones are dropped, as they have no end
+_EXCLUDED_CHARACTERS = 40
+
+
+def normalised(turn: str) -> str:
+    """A turn as deduplication sees it: lower case, single spaces."""
+    return " ".join(turn.casefold().split())
+
+
+def end_ids(target: PreTrainedModel, tokenizer: Any) -> list[int]:
+    """Tokens that end a turn: those of the generation config, and the tokenizer's end of text."""
+    ids = target.generation_config.eos_token_id
+    given = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    return sorted({*given, tokenizer.eos_token_id} - {None})
+
+
+def chat_prompt(tokenizer: Any, turn: str) -> list[int]:
+    """Token ids of one user turn and the header of the answer; the bare text where there is no chat template."""
+    if tokenizer.chat_template is None:
+        return list(tokenizer(turn)["input_ids"])
+    message = [{"role": "user", "content": turn}]
+    return list(tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"])
+
+
+def turn_opening(tokenizer: Any) -> str:
+    """The chat template's text up to where the user's turn begins; empty where there is no template."""
+    if tokenizer.chat_template is None:
+        return ""
+    message = [{"role": "user", "content": _SENTINEL}]
+    text = str(tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False))
+    if _SENTINEL not in text:
+        raise DistillationError("The tokenizer's chat template changes the user's text; give prompts with --prompts.")
+    return text.split(_SENTINEL)[0]
+
+
+def read_turns(source: str, column: str | None = None, split: str = "train") -> Iterator[str]:
+    """User turns of a dataset, the first of each conversation.
+
+    Args:
+        source: a ``.jsonl``, ``.jsonl.gz``, ``.json`` or ``.parquet`` file, or a dataset's Hub id.
+        column: the column to read; by default ``messages`` (OpenAI), ``conversations`` (ShareGPT), ``turns``
+            (Spec-Bench), or one of the plain ``prompt``, ``instruction``, ``question``, ``text``, ``input``.
+        split: of a Hub dataset.
+
+    Raises:
+        DistillationError: if the source cannot be read or has no such column.
+    """
+    from datasets import load_dataset
+
+    path = Path(source).expanduser()
+    kind = "parquet" if path.suffix == ".parquet" else "json"
+    try:
+        if path.suffix in {".json", ".jsonl", ".gz", ".parquet"}:
+            if not path.is_file():
+                raise DistillationError(f"There is no file {source!r}.")
+            rows = load_dataset(kind, data_files=str(path), split="train")
+        else:
+            rows = load_dataset(source, split=split)
+    except DistillationError:
+        raise
+    except Exception as error:  # datasets raises many kinds, all with the reason
+        raise DistillationError(f"Cannot read prompts from {source!r}: {error}") from error
+    known = ("messages", "conversations", "turns", *_COLUMNS)
+    chosen = column or next((name for name in known if name in rows.column_names), None)
+    if chosen is None or chosen not in rows.column_names:
+        raise DistillationError(
+            f"{source!r} has the columns {', '.join(rows.column_names)}; name the one with the prompts (--column)."
+        )
+    logger.info("Prompts: column %r of %s.", chosen, source)
+    for row in rows:
+        turn = first_user_turn(row[chosen])
+        if turn:
+            yield turn
+
+
+def first_user_turn(value: Any) -> str:
+    """The first user turn of a cell: text, a list of texts, OpenAI's or ShareGPT's messages; empty if none."""
+    if isinstance(value, str):
+        return value.strip()
+    for message in value or []:
+        if isinstance(message, str):
+            return message.strip()
+        role = message.get("role") or message.get("from")
+        text = message.get("content") or message.get("value")
+        if role in {"user", "human"} and isinstance(text, str):
+            return text.strip()
+    return ""
+
+
+def made_turns(
+    target: PreTrainedModel,
+    tokenizer: Any,
+    *,
+    batch_size: int,
+    seed: int,
+    stems: list[str] | None = None,
+    chunk: int = 256,
+) -> Iterator[str]:
+    """User turns as the target writes them after its template's user header, without end.
+
+    Args:
+        target: the model.
+        tokenizer: its tokenizer.
+        batch_size: rows decoded together.
+        seed: of stems and sampling (temperature 1, top-p 0.95).
+        stems: beginnings to choose from; those of ``stems.py`` by default.
+        chunk: turns begun together.
+    """
+    chooser, sampler = random.Random(seed), Sampler(seed=seed)
+    opening, ends = turn_opening(tokenizer), end_ids(target, tokenizer)
+    while True:
+        begun = [draw_stem(chooser, stems) for _ in range(chunk)]
+        prompts = [tokenizer(opening + stem, add_special_tokens=not opening)["input_ids"] for stem in begun]
+        if not all(prompts):
+            raise DistillationError("A tokenizer without template and bos token needs stems that are not empty.")
+        made = generate_texts(
+            target, prompts, batch_size=batch_size, max_new_tokens=_LONGEST_TURN, end_ids=ends, choose=sampler
+        )
+        for text in made:
+            if text.tokens[-1] in ends:
+                yield (begun[text.number] + tokenizer.decode(text.tokens[:-1])).strip()
+
+
+def distinct(turns: Iterable[str], seen: set[str], excluded: Iterable[str] = ()) -> Iterator[str]:
+    """The turns that are new, have more than a few letters, and begin like none of ``excluded``.
+
+    Args:
+        turns: candidates.
+        seen: normalised turns there are already; the new ones are added.
+        excluded: turns, such as a benchmark's questions, whose first 40 characters none may share.
+    """
+    barred = {normalised(turn)[:_EXCLUDED_CHARACTERS] for turn in excluded}
+    for turn in turns:
+        key = normalised(turn)
+        if len(key) < 4 or key in seen or key[:_EXCLUDED_CHARACTERS] in barred:
+            continue
+        seen.add(key)
+        yield turn

@@ -1,0 +1,45 @@
+"""Random numbers of a training step, one stream a row: the same whatever process a row is on, and after a resume.
+
+A row's stream is seeded with the run's seed, the optimizer step and the row's place in the global batch. So nothing has
+to be saved, the global generators are left alone, and two processes draw what one would.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_MIX = 0x9E3779B97F4A7C15
+_WORD = 0xFFFFFFFFFFFFFFFF
+
+
+def mix(*numbers: int) -> int:
+    """One 63-bit seed out of several numbers (splitmix64's finisher)."""
+    state = 0
+    for number in numbers:
+        state = (state + number + _MIX) & _WORD
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _WORD
+        state ^= state >> 31
+    return state >> 1
+
+
+class RowDraws:
+    """Streams of uniform draws, one a row.
+
+    Args:
+        seed: the run's.
+        step: optimizer steps done.
+        rows: each row's place in the global batch of the step.
+        device: where the draws are made.
+    """
+
+    def __init__(self, seed: int, step: int, rows: range, device: torch.device) -> None:
+        self._device = device
+        self._generators = [torch.Generator(device).manual_seed(mix(seed, step, row)) for row in rows]
+
+    def uniform(self, *shape: int) -> torch.Tensor:
+        """``[B, *shape]`` float32 draws in [0, 1)."""
+        out = torch.empty(len(self._generators), *shape, device=self._device)
+        for row, generator in zip(out, self._generators, strict=True):
+            row.uniform_(generator=generator)
+        return out

@@ -1,0 +1,206 @@
+"""Beginnings of user turns, for the target to continue: they steer what a set of self-made prompts is about.
+
+A stem may have places: ``{name}``, ``{thing}``, ``{number}``, ``{topic}``, ``{place}``, ``{job}``, ``{word}``. None of
+them comes from a benchmark; ``falcon-hf distill --exclude`` drops turns that begin like a question of one.
+"""
+
+from __future__ import annotations
+
+import random
+
+STEMS: dict[str, tuple[str, ...]] = {
+    "open": ("", "", "", "", "I ", "My ", "The ", "Can you ", "Please ", "What ", "How ", "Why ", "Is it ", "Hi, "),
+    "maths": (
+        "{name} has {number} {thing}s. ",
+        "{name} buys {number} {thing}s for ${number} each and ",
+        "{name} and {other} share ",
+        "A {job} earns ${number} an hour and works ",
+        "A {thing} costs ${number}. If ",
+        "There are {number} {thing}s in a {place}. ",
+        "Every day {name} ",
+        "{name} is {number} years old and ",
+        "The sum of ",
+        "A train travels ",
+        "In a {place} there are {number} ",
+        "If {number} {job}s can ",
+        "{name} reads {number} pages ",
+        "{name} baked {number} ",
+        "Find the value of ",
+        "Solve for x: ",
+        "What is {number}% of ",
+        "The ratio of ",
+        "A rectangle has ",
+        "Calculate ",
+        "{name} drives {number} miles ",
+        "On Monday, {name} sold {number} {thing}s. On Tuesday, ",
+        "A box contains {number} red and {number} blue {thing}s. ",
+        "Twice as many ",
+    ),
+    "code": (
+        "Write a Python function ",
+        "Write a function that takes a list ",
+        "Write a Python program that ",
+        "Complete the code I provided.\n\ndef ",
+        "Complete the following code.\n\ndef ",
+        "Complete this function:\n\ndef {word}_{thing}s(",
+        "Complete the code I provided.\nfrom typing import List\n\ndef ",
+        "def {word}_{thing}(",
+        'def count_{thing}s(items):\n    """',
+        "Implement a {topic} ",
+        "How do I ",
+        "What does this code do?\n\n",
+        "Write a SQL query ",
+        "Write a JavaScript function ",
+        "Write a C++ program ",
+        "Explain the difference between ",
+        "Fix the bug in this code:\n\n",
+        "Write unit tests for ",
+        "Given a string, ",
+        "Given a list of integers, ",
+        "Create a class ",
+        "Write a regular expression ",
+        "Implement an algorithm that ",
+        "Write an HTML page ",
+    ),
+    "writing": (
+        "Write a short story about ",
+        "Write an email to ",
+        "Write a poem about ",
+        "Compose ",
+        "Draft ",
+        "Describe ",
+        "Write a blog post about ",
+        "Write a letter to a {job} ",
+        "Write a review of ",
+        "Create a dialogue between a {job} and ",
+        "Rewrite the following ",
+        "Edit the following paragraph ",
+        "Write a descriptive paragraph about a {place} ",
+        "Write a speech ",
+        "Write an opening ",
+        "Write a product description for a {thing} ",
+        "Summarize ",
+        "Write a persuasive ",
+        "Write a headline ",
+    ),
+    "roleplay": (
+        "Pretend you are a {job}. ",
+        "Imagine you are ",
+        "You are a {job}. ",
+        "Act as a {job} ",
+        "Picture yourself as ",
+        "Take on the role of ",
+        "From now on, you are ",
+        "Play the part of ",
+        "As a {job}, ",
+    ),
+    "reasoning": (
+        "Suppose ",
+        "Imagine ",
+        "If all ",
+        "Three friends ",
+        "{name} is taller than {other}, ",
+        "Which ",
+        "{name}'s mother has ",
+        "One morning, ",
+        "There is a {thing} ",
+        "Each problem consists of ",
+        "Is it true that ",
+        "What would happen if ",
+        "Identify the odd one out: ",
+        "A man walks into a {place} ",
+        "Given the following statements, ",
+        "Determine whether ",
+    ),
+    "extraction": (
+        "Extract ",
+        "Given the following text, ",
+        "Read the following paragraph and ",
+        "Identify the named entities in ",
+        "List all the {thing}s mentioned in ",
+        "From the text below, ",
+        "Evaluate the following {word} reviews ",
+        "Given these categories, ",
+        "Count how many ",
+        "Analyze the following ",
+        "Return a JSON ",
+        "Classify the following ",
+        "Translate ",
+        "Turn the following into a table: ",
+    ),
+    "science": (
+        "What is {topic}? ",
+        "Explain {topic} ",
+        "How does {topic} ",
+        "In the field of {topic}, ",
+        "What are the main causes of ",
+        "Describe the process of ",
+        "What are the differences between ",
+        "Why is the ",
+        "What is the function of ",
+        "Explain the concept of ",
+        "How do scientists ",
+        "What role does {topic} play ",
+        "Give an overview of {topic} ",
+    ),
+    "humanities": (
+        "Provide insights into ",
+        "How did the ",
+        "What were the causes of ",
+        "Discuss ",
+        "Compare and contrast ",
+        "Who was ",
+        "Analyze the impact of ",
+        "Explain the importance of ",
+        "What is the meaning of ",
+        "Produce a lesson plan ",
+        "Describe the history of ",
+        "Share ideas for ",
+        "What do you think about ",
+        "Suggest ",
+    ),
+    "daily": (
+        "Give me tips ",
+        "I want to ",
+        "I need help with ",
+        "Can you recommend ",
+        "What should I ",
+        "How can I ",
+        "What's the best way to ",
+        "List five ",
+        "Make a list of ",
+        "Plan a trip to ",
+        "Give me a recipe for ",
+        "Create a schedule ",
+        "Tell me about ",
+        "What are some ",
+        "Help me ",
+        "Brainstorm ",
+    ),
+}
+"""Stems by kind."""
+
+_FILLINGS: dict[str, str] = {
+    "name": "Anna Ben Carla David Elena Farid Grace Hugo Ines Jamal Kate Liam Mona Noah Olga Pedro Rosa Sam",
+    "other": "Tina Umar Vera Will Xenia Yusuf Zoe Maria Tom Lucy",
+    "thing": "apple book pencil ticket flower coin marble car cookie letter plant shirt toy phone bottle chair",
+    "topic": "photosynthesis gravity inflation recursion electricity evolution democracy encryption erosion genetics "
+    "magnetism sorting caching metabolism statistics probability climate chemistry optics networking",
+    "place": "school library garden bakery station museum forest office farm village harbour hospital",
+    "job": "teacher doctor farmer pilot chef lawyer detective nurse scientist gardener carpenter poet",
+    "word": "find get check sort remove merge max min sum first last reverse movie product",
+}
+
+
+def draw_stem(random_state: random.Random, stems: list[str] | None = None) -> str:
+    """One stem with its places filled: each kind as likely as any other, or one of ``stems``."""
+    if stems is None:
+        stem = random_state.choice(STEMS[random_state.choice(sorted(STEMS))])
+    else:
+        stem = random_state.choice(stems)
+    for place, fillings in _FILLINGS.items():
+        while "{" + place + "}" in stem:
+            stem = stem.replace("{" + place + "}", random_state.choice(fillings.split()), 1)
+    while "{number}" in stem:
+        stem = stem.replace("{number}", str(random_state.randint(2, 120)), 1)
+    return stem.rstrip(" ")  # the target's next token brings its own space

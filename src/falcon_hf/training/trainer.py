@@ -1,0 +1,350 @@
+"""``FalconTrainer``: a ``transformers.Trainer`` whose step is CSGD, and whose evaluation is what a drafter is worth."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset, Sampler
+from transformers import PreTrainedModel, Trainer
+
+from ..runtime.candidate_generator import tree_shape
+from ..runtime.modeling_falcon_drafter import FalconDrafter
+from ..runtime.target import head_weight, input_embeddings
+from .arguments import FalconTrainingArguments
+from .batches import DialogueDataset, LengthGroupedOrder, PairBatch, collate, make_pairs
+from .csgd import (
+    choose_glanced,
+    draw_block_offsets,
+    feature_noise,
+    glance_count,
+    glance_lambda,
+    hamming_distance,
+    replace_coupled,
+)
+from .evaluation import EvaluationPlan, Tally, evaluate_batch
+from .features import compute_features
+from .losses import DraftHead, feature_loss, vocabulary_loss
+from .row_draws import RowDraws
+
+logger = logging.getLogger(__name__)
+
+
+class FalconTrainer(Trainer):
+    """Trains a drafter for a target by CSGD (paper, section 3.3), with whatever ``Trainer`` brings.
+
+    Features come with the batches (see [`DialogueDataset`]) or, where they do not, from the target. The target is never
+    changed and never saved.
+
+    Args:
+        model: the drafter, or a peft model around it.
+        args: a [`FalconTrainingArguments`].
+        target: gives embeddings, head and, on the fly, features.
+        train_dataset, eval_dataset: [`DialogueDataset`] or anything with the same items.
+        **kwargs: as for ``Trainer``.
+    """
+
+    args: FalconTrainingArguments
+
+    def __init__(
+        self,
+        model: FalconDrafter | nn.Module,
+        args: FalconTrainingArguments,
+        target: PreTrainedModel,
+        train_dataset: Dataset[Any] | None = None,
+        eval_dataset: Dataset[Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        kwargs.setdefault("data_collator", collate)
+        super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        self.loss_is_scaled_for_ga = False  # a mean over the batch: Trainer divides by the accumulation steps
+        drafter: Any = model  # of a peft model, too, these are the drafter's
+        self._config: Any = drafter.config
+        self._block_size: int = drafter.config.block_size
+        self._target = target.requires_grad_(False).eval()
+        device = args.device
+        if getattr(target, "hf_device_map", None) is None:
+            target.get_input_embeddings().to(device)
+        reduced = args.bf16 or args.fp16
+        self._dtype: torch.dtype = (
+            (torch.bfloat16 if args.bf16 else torch.float16) if reduced else next(drafter.parameters()).dtype
+        )
+        head = drafter.draft_head(head_weight(target)).to(device, self._dtype).contiguous()
+        self._head = DraftHead(head, drafter.config.logit_scale, drafter.config.logit_softcap)
+        places = torch.arange(drafter.config.vocab_size)
+        if drafter.draft_vocab_ids is not None:
+            places = torch.full((drafter.config.vocab_size,), -1)
+            places[drafter.draft_vocab_ids.cpu()] = torch.arange(len(drafter.draft_vocab_ids))
+        self._draft_places = places.to(device)
+        self._sums: dict[str, torch.Tensor] = {}
+        self._micro = (-1, -1)  # optimizer step and micro-batch of the last batch
+        self.positions_seen = 0
+        self._last_log = (time.perf_counter(), 0)
+
+    # Data
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
+        data = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(data, DialogueDataset):
+            return super()._get_train_sampler(train_dataset)
+        args = self.args
+        rows = args.train_batch_size * args.gradient_accumulation_steps * max(1, args.world_size)
+        return LengthGroupedOrder(data.data.lengths, rows, args.data_seed if args.data_seed is not None else args.seed)
+
+    def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return input_embeddings(self._target, tokens).to(self.args.device, self._dtype)
+
+    def _pairs(self, inputs: dict[str, torch.Tensor]) -> PairBatch:
+        if "features" not in inputs:
+            if self._target.device != self.args.device:
+                self._target.to(self.args.device)
+            mask = torch.arange(inputs["input_ids"].shape[1], device=self.args.device) < inputs["lengths"][:, None]
+            features = compute_features(self._target, inputs["input_ids"], mask.long(), self._config.feature_layers)
+            inputs = {**inputs, "features": features}
+        return make_pairs(inputs, self._block_size, self._config.hidden_size)
+
+    # Training
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """One CSGD step's loss: first pass, glancing, second pass, and passes over own features where asked for."""
+        args, k = self.args, self._block_size
+        pairs = self._pairs(inputs)
+        rows = pairs.tokens.shape[0]
+        draws, first_row = self._draws(rows)
+        progress = self.state.global_step / max(1, self.state.max_steps)
+        offsets = draw_block_offsets(draws.uniform(), k)
+        features = pairs.features.to(self._dtype)
+        noise = None
+        if args.noise > 0:
+            noise = feature_noise(draws.uniform(*features.shape[1:]), args.noise).to(self._dtype)
+            noise = noise * pairs.paired[..., None]
+        embeddings = self._embed(pairs.tokens) * pairs.paired[..., None]
+        replaced = self._glance(model, pairs, features, noise, embeddings, offsets, draws, first_row, progress)
+        seen, tokens = features, embeddings
+        if replaced is not None:
+            seen = replace_coupled(features, replaced, k)
+            tokens = replace_coupled(embeddings, replaced, k)
+        if noise is not None:
+            seen = seen + noise
+        kept = pairs.learned if replaced is None or args.glance_loss == "all" else pairs.learned & ~replaced
+        rolled = self._rollout_rows(rows, progress)
+        outputs, wanted = self._forward(model, pairs, seen, tokens, embeddings, offsets, kept, replaced, rolled)
+        loss = self._losses(outputs, wanted, pairs, replaced)
+        return (loss, outputs) if return_outputs else loss
+
+    def _draws(self, rows: int) -> tuple[RowDraws, int]:
+        """Random streams of this batch's rows, and the first row's place in the global batch."""
+        step, micro = self._micro
+        micro = micro + 1 if step == self.state.global_step else 0
+        self._micro = self.state.global_step, micro
+        args = self.args
+        first = (micro * max(1, args.world_size) + args.process_index) * args.train_batch_size
+        return RowDraws(args.seed, self.state.global_step, range(first, first + rows), args.device), first
+
+    def _glance(
+        self,
+        model: nn.Module,
+        pairs: PairBatch,
+        features: torch.Tensor,
+        noise: torch.Tensor | None,
+        embeddings: torch.Tensor,
+        offsets: torch.Tensor,
+        draws: RowDraws,
+        first_row: int,
+        progress: float,
+    ) -> torch.Tensor | None:
+        """``[B, S]`` bool, the columns to replace, by the Hamming distance of a first pass; None without glancing."""
+        args, k = self.args, self._block_size
+        weight = glance_lambda(progress, args.glance_lambda)
+        if weight <= 0:
+            return None
+        rows, columns = pairs.tokens.shape
+        stride = max(1, round(1 / args.first_pass_share))
+        asked = [row for row in range(rows) if (first_row + row + self.state.global_step) % stride == 0]
+        learned = pairs.learned
+        distance = torch.zeros(rows, device=learned.device)
+        if asked:
+            row = torch.tensor(asked, device=learned.device)
+            index = learned[row].flatten().nonzero()[:, 0]
+            seen = features[row] if noise is None else features[row] + noise[row]
+            with torch.no_grad():
+                estimates = model(
+                    features=seen,
+                    embeddings=embeddings[row],
+                    block_offset=offsets[row],
+                    pair_mask=pairs.real[row],
+                    select=index,
+                )
+                drafted = torch.full((len(asked) * columns,), -2, dtype=torch.long, device=learned.device)
+                drafted.index_copy_(0, index, self._head.likeliest(estimates, args.vocabulary_chunk))
+            said = self._draft_places[pairs.answers[row]]
+            distance[row] = hamming_distance(drafted.view(len(asked), -1), said, learned[row]).float()
+        if stride > 1:
+            sums = torch.stack([distance.sum(), learned[asked].sum().float()]) if asked else distance.new_zeros(2)
+            sums = self._over_processes(sums)
+            estimated = learned.sum(-1) * (sums[0] / sums[1].clamp_min(1))
+            measured = torch.zeros(rows, dtype=torch.bool, device=learned.device)
+            measured[asked] = True
+            distance = torch.where(measured, distance, estimated)
+        longest = args.glance_longest_run or max(1, k - 1)
+        uniform = draws.uniform(columns // k + 2, 3)
+        replaced = choose_glanced(glance_count(distance, weight), learned, offsets, k, uniform, longest)
+        positions = learned.sum().clamp_min(1)
+        self._note(glanced=replaced.sum() / positions, first_pass_error=distance.sum() / positions)
+        return replaced
+
+    def _rollout_rows(self, rows: int, progress: float) -> int:
+        args = self.args
+        if args.rollout_passes < 2 or progress < args.rollout_start or args.rollout_share <= 0:
+            return 0
+        return max(1, round(args.rollout_share * rows))
+
+    def _forward(
+        self,
+        model: nn.Module,
+        pairs: PairBatch,
+        features: torch.Tensor,
+        embeddings: torch.Tensor,
+        true_embeddings: torch.Tensor,
+        offsets: torch.Tensor,
+        kept: torch.Tensor,
+        replaced: torch.Tensor | None,
+        rolled: int,
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Run all passes; returns, a pass, the estimates ``[M_p, H]`` that have a loss and their flat columns."""
+        k = self._block_size
+        inputs = {"features": features, "embeddings": embeddings, "block_offset": offsets, "pair_mask": pairs.real}
+        wanted = [kept.flatten().nonzero()[:, 0]]
+        if rolled == 0:
+            return [model(**inputs, select=wanted[0])], wanted
+        # Further passes read the estimates of all columns, but learn only where those came from true pairs.
+        computed = kept.clone()
+        computed[:rolled] = True
+        index = computed.flatten().nonzero()[:, 0]
+        valid = pairs.learned[:rolled] if replaced is None else (pairs.learned & ~replaced)[:rolled]
+        for _ in range(self.args.rollout_passes - 1):
+            before = torch.zeros_like(valid)
+            before[:, k:] = valid[:, :-k]
+            valid = pairs.learned[:rolled] & before
+            wanted.append(valid.flatten().nonzero()[:, 0])
+        first, *others = model(
+            **inputs, select=index, rollout_embeddings=true_embeddings[:rolled], rollout_selects=wanted[1:]
+        )
+        return [first[kept.flatten().index_select(0, index)], *others], wanted
+
+    def _losses(
+        self,
+        outputs: list[torch.Tensor],
+        wanted: list[torch.Tensor],
+        pairs: PairBatch,
+        replaced: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The weighted loss, a mean over the positions of the global batch."""
+        args = self.args
+        targets = pairs.targets.flatten(0, 1)
+        weights = [1.0] + [args.rollout_weight] * (len(outputs) - 1)
+        counts = sum(weight * len(index) for weight, index in zip(weights, wanted, strict=True))
+        # DDP averages gradients over processes, so each divides by the average count.
+        shared = self._over_processes(torch.tensor(float(counts), device=targets.device)) / max(1, args.world_size)
+        total = torch.zeros((), device=targets.device)
+        for number, (estimates, index, weight) in enumerate(zip(outputs, wanted, weights, strict=True), start=1):
+            features = targets.index_select(0, index)
+            smooth = feature_loss(estimates, features, args.smooth_l1_beta)
+            vocabulary, sums, agree = vocabulary_loss(
+                estimates, features, self._head, args.kl_weight, args.ce_weight, args.vocabulary_chunk
+            )
+            total = total + weight * (args.feature_weight * smooth + args.vocabulary_weight * vocabulary)
+            rows = max(1, len(index))
+            prefix = "" if number == 1 else f"pass{number}_"
+            means = {"smooth_l1": smooth.detach() / rows, "kl": sums[0] / rows, "agreement": agree.sum() / rows}
+            self._note(**{prefix + name: value for name, value in means.items()})
+        self._count_positions(len(wanted[0]))
+        return total / shared.clamp_min(1)
+
+    def _over_processes(self, sums: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(sums, "sum") if self.args.world_size > 1 else sums
+
+    # Reports
+
+    def _note(self, **values: torch.Tensor) -> None:
+        """Add to what the next training log averages."""
+        for name, value in values.items():
+            held = self._sums.get(name)
+            value = value.detach().to(self.args.device, torch.float32)
+            entry = torch.stack([value, torch.ones_like(value)])
+            self._sums[name] = entry if held is None else held + entry
+
+    def _count_positions(self, positions: int) -> None:
+        """Count positions with a loss that this process has seen, those before a resume included."""
+        if self.positions_seen == 0 and self.state.global_step > 0:
+            logged = (entry["positions_seen"] for entry in self.state.log_history if "positions_seen" in entry)
+            self.positions_seen = int(max(logged, default=0))
+            self._last_log = (time.perf_counter(), self.positions_seen)
+        self.positions_seen += positions
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As ``Trainer.log``; training logs also have the means of what the steps since the last one noted."""
+        if "loss" in logs:
+            then, seen = self._last_log
+            now = time.perf_counter()
+            means = {name: float(total / count) for name, (total, count) in self._sums.items()}
+            speed = (self.positions_seen - seen) / max(now - then, 1e-9)
+            logs = {**logs, **means, "positions_seen": self.positions_seen, "positions_per_second": round(speed, 1)}
+            self._sums, self._last_log = {}, (now, self.positions_seen)
+        super().log(logs, start_time)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Losses, top-1/3/10 of every block position and pass, and the simulated acceptance length (``tau``).
+
+        The text's own tokens are the answers. ``tau`` counts accepted drafts a round, ``tau_with_bonus`` all tokens.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, dict):
+            metrics: dict[str, float] = {}
+            for name, one in dataset.items():
+                metrics |= self.evaluate(one, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
+        args, plan = self.args, self._plan()
+        started = time.perf_counter()
+        whole = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        model = self.model_wrapped if whole else self.model
+        if not whole:
+            model = model.to(args.device)  # evaluate() may be the first call
+        model.eval()
+        tally = Tally(plan, args.device)
+        for inputs in self.get_eval_dataloader(dataset):
+            pairs = self._pairs(self._prepare_inputs(inputs))
+            paired = pairs.paired[..., None]
+
+            def embed(tokens: torch.Tensor, paired: torch.Tensor = paired) -> torch.Tensor:
+                return self._embed(tokens) * paired
+
+            with self.accelerator.autocast():
+                evaluate_batch(model, pairs, pairs.features.to(self._dtype), embed, plan, tally, args.smooth_l1_beta)
+        tally.values = self._over_processes(tally.values)
+        then, seen = self._last_log
+        self._last_log = (then + time.perf_counter() - started, seen)  # no time of training
+        weight = args.vocabulary_weight
+        metrics = tally.metrics(
+            metric_key_prefix, (args.feature_weight, weight * args.kl_weight, weight * args.ce_weight)
+        )
+        self.log(metrics)
+        control: Any = self.control
+        self.control = self.callback_handler.on_evaluate(args, self.state, control, metrics)
+        return metrics
+
+    def _plan(self) -> EvaluationPlan:
+        drafter: Any = self.accelerator.unwrap_model(self.model)
+        shape, k = tree_shape(drafter), self._block_size
+        passes = -(-shape.depth // k)
+        if self._config.fusion == "lstm":
+            passes = 1  # a rollout would have to carry states; the tree is cut at depth k
+        return EvaluationPlan(shape, k, passes, self._head, self._draft_places)

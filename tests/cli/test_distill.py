@@ -1,0 +1,57 @@
+"""``falcon-hf distill`` as a user types it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from datasets import load_from_disk
+from typer.testing import Result
+
+from .conftest import Run
+
+
+def distill(run: Run, repos: Path, output: Path, *options: object) -> Result:
+    return run(
+        "distill", "--target", repos / "target", "--output", output, "--dtype", "float32", "--device", "cpu",
+        "--batch-size", 4, "--max-new-tokens", 6, *options,
+    )  # fmt: skip
+
+
+def test_a_dataset_from_prompts_then_more_of_it(run: Run, repos: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "Question {number}?"}}\n' for number in range(5)))
+    result = distill(run, repos, tmp_path / "out", "--prompts", prompts, "--dialogues", 3)
+    assert result.exit_code == 0
+    assert "3 dialogues with" in result.stdout
+    result = distill(run, repos, tmp_path / "out", "--prompts", prompts, "--dialogues", 5)
+    assert "5 dialogues with" in result.stdout
+    rows = load_from_disk(str(tmp_path / "out"))
+    assert len(rows) == 5
+    assert all(sum(mask) == 6 for mask in rows["loss_mask"])
+
+
+def test_excluded_questions_are_not_answered(run: Run, repos: Path, tmp_path: Path) -> None:
+    prompts, questions = tmp_path / "prompts.jsonl", tmp_path / "questions.jsonl"
+    prompts.write_text('{"prompt": "Mine alone?"}\n{"prompt": "Of a benchmark?"}\n')
+    questions.write_text('{"question_id": 1, "category": "c", "turns": ["Of a benchmark?"]}\n')
+    result = distill(run, repos, tmp_path / "out", "--prompts", prompts, "--exclude", questions)
+    assert "1 dialogues with" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--prompts", "nowhere.jsonl"), "There is no file"),
+        (("--feature-layers", "one"), "--feature-layers is a list of numbers"),
+        (("--stems", "nowhere.txt"), "No such file"),
+        (("--exclude", "nowhere.jsonl"), "nowhere.jsonl"),
+        (("--dtype", "int3"), "--dtype must be one of"),
+    ],
+)
+def test_bad_input_is_one_line(run: Run, repos: Path, tmp_path: Path, options: tuple[str, str], message: str) -> None:
+    result = distill(run, repos, tmp_path / "out", *options)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,260 @@
+"""Dynamic trees: the best N paths by the definition, lossless, and what the config may say."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from falcon_hf import FalconCandidateGenerator, FalconDrafterConfig
+from falcon_hf.runtime import tree_growth
+from falcon_hf.runtime.configuration_falcon_drafter import FUSIONS
+from falcon_hf.runtime.drafter_context import DrafterContext
+from falcon_hf.runtime.dynamic_tree import Calibration, DynamicTree, calibrated
+from falcon_hf.runtime.target import head_weight
+from falcon_hf.runtime.target_session import TargetSession
+
+from .helpers import assert_same_text, prompt_ids
+from .test_batch import ENDING, GREEDY, batch, both
+from .test_candidate_generator import VOCAB, another_blocks_states, committed, path_features
+
+SPEC = {"kind": "dynamic", "nodes": 16, "passes": 3, "width": 3, "candidates": 4}
+# So many nodes that those of the last pass are among them, and blocks that hang on different blocks.
+LARGE = SPEC | {"nodes": 70, "width": 4}
+SAMPLED = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
+
+
+def calibration(block_size: int) -> dict[str, Any]:
+    """A table a position that falls with the position, for two passes."""
+    points = [-6.0, -3.0, -1.0, -0.1]
+    tables = [
+        [[share * math.exp(x) ** 0.5 for x in points] for share in (0.9 / (1 + 0.2 * j + p) for j in range(block_size))]
+        for p in range(2)
+    ]
+    return {"log_probability": points, "acceptance": tables}
+
+
+def by_definition(drafter: Any, target: Any, features: Any, tokens: Any, spec: DynamicTree) -> dict[tuple, float]:
+    """The best N token paths and their scores, each law from its path alone (see ``path_features``)."""
+    head = head_weight(target).to(drafter.dtype)
+    found: dict[tuple, float] = {}
+    boundary = {(): 0.0}
+    for index in range(spec.passes):
+        last: dict[tuple, float] = {}
+        for start, score in boundary.items():
+            laws = (path_features(drafter, target, features, tokens, list(start)) @ head.T).log_softmax(-1)
+            level = {start: score}
+            for law in laws.float():
+                best = law.topk(spec.candidates)
+                chances = best.values
+                if spec.calibration is not None:
+                    points, tables = spec.calibration.tensors(torch.device("cpu"))
+                    table = tables[min(index, len(tables) - 1), len(next(iter(level))) - len(start)]
+                    chances = torch.tensor([interpolated(float(x), points.tolist(), table.tolist()) for x in chances])
+                pairs = list(zip(best.indices.tolist(), chances.tolist(), strict=True))
+                level = {(*path, token): s + x for path, s in level.items() for token, x in pairs}
+                found |= level
+            last |= level
+        boundary = dict(sorted(last.items(), key=lambda item: -item[1])[: spec.width])
+    return dict(sorted(found.items(), key=lambda item: -item[1])[: spec.nodes])
+
+
+def interpolated(x: float, points: list[float], chances: list[float]) -> float:
+    """Log chance at x, linear between the points."""
+    if x <= points[0]:
+        return math.log(chances[0])
+    for (x0, y0), (x1, y1) in itertools.pairwise(zip(points, chances, strict=True)):
+        if x <= x1:
+            return math.log(y0 + (y1 - y0) * (x - x0) / (x1 - x0))
+    return math.log(chances[-1])
+
+
+def paths_of(tree: Any, row: int = 0) -> dict[tuple, float]:
+    """Token path and score of each node but the root."""
+    tokens = tree.tokens[row]
+    paths = [tuple(tokens[tree.ancestors[row, node]].tolist()[1:]) for node in range(1, tree.size)]
+    assert [len(path) for path in paths] == tree.depths[row, 1:].tolist()
+    assert all(tree.parents[row, node] < node for node in range(tree.size))
+    parents = [() if parent == 0 else paths[parent - 1] for parent in tree.parents[row, 1:].tolist()]
+    assert [path[:-1] for path in paths] == parents
+    assert len(set(paths)) == len(paths)
+    return dict(zip(paths, tree.scores[row, 1:].tolist(), strict=True))
+
+
+def tree_error(drafter: Any, target: Any, pairs: int = 7) -> float:
+    """Largest difference of scores from the definition's; infinite if the paths are other ones."""
+    features, tokens = committed(target, pairs)
+    drafter.double()
+    generator = FalconCandidateGenerator(drafter, target)
+    generator.append(features, tokens)
+    with torch.no_grad():
+        own = paths_of(generator.draft(tokens[:, -1:], max_depth=99))
+    expected = by_definition(drafter, target, features, tokens, generator.shape)
+    if set(own) != set(expected):
+        return math.inf
+    return max(abs(own[path] - expected[path]) for path in own)
+
+
+@pytest.mark.parametrize("calibrate", [False, True])
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("block_size", [1, 2, 3])
+def test_the_tree_is_the_best_paths(tiny_target, tiny_drafter, block_size, fusion, calibrate):
+    target = tiny_target(VOCAB)
+    spec = LARGE | ({"calibration": calibration(block_size)} if calibrate else {})
+    drafter = tiny_drafter(target, block_size, fusion, tree=spec)
+    for pairs in (3, 6, 7):  # with fewer, start pairs are alike and so are their laws: ties
+        assert tree_error(drafter, target, pairs) < 1e-4
+
+
+def every_block_visible(monkeypatch):
+    plain = DrafterContext.tree_pass
+
+    def tree_pass(self, pairs, tokens, states, positions, visible):
+        return plain(self, pairs, tokens, states, positions, torch.ones_like(visible))
+
+    monkeypatch.setattr(DrafterContext, "tree_pass", tree_pass)
+
+
+def first_blocks_features(monkeypatch):
+    plain = tree_growth.Growth.next_boundary
+
+    def next_boundary(*args):
+        boundary = plain(*args)
+        boundary.blocks.zero_()
+        return boundary
+
+    monkeypatch.setattr(tree_growth.Growth, "next_boundary", staticmethod(next_boundary))
+
+
+@pytest.mark.parametrize("break_it", [another_blocks_states, every_block_visible, first_blocks_features])
+def test_the_comparison_sees_broken_passes(tiny_target, tiny_drafter, monkeypatch, break_it):
+    target = tiny_target(VOCAB)
+    drafter = tiny_drafter(target, 2, tree=LARGE)
+    assert tree_error(drafter, target) < 1e-4
+    break_it(monkeypatch)
+    assert tree_error(drafter, target) > 1e-3
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_a_batch_grows_its_rows_trees(tiny_target, tiny_drafter, fusion):
+    target = tiny_target(VOCAB)
+    drafter = tiny_drafter(target, 2, fusion, tree=SPEC).double()
+    lengths = [3, 8, 5]
+    texts = [committed(target, length, seed=row) for row, length in enumerate(lengths)]
+    features, tokens = (
+        torch.nn.utils.rnn.pad_sequence([text[part][0] for text in texts], batch_first=True) for part in (0, 1)
+    )
+    together = FalconCandidateGenerator(drafter, target, rows=3)
+    together.append(features, tokens, lengths)
+    tree = together.draft(torch.cat([text[1][:, -1:] for text in texts]), max_depth=5)
+    for row, text in enumerate(texts):
+        alone = FalconCandidateGenerator(drafter, target)
+        alone.append(*text)
+        assert paths_of(tree, row) == pytest.approx(paths_of(alone.draft(text[1][:, -1:], max_depth=5)))
+    assert not torch.equal(tree.parents[0], tree.parents[1])  # or the rows' shapes would be no test
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("block_size", [1, 2, 3, 4])
+def test_text_is_plain_text(tiny_target, tiny_drafter, block_size, fusion):
+    target = tiny_target(VOCAB)
+    drafter = tiny_drafter(target, block_size, fusion, tree=SPEC | {"nodes": 40, "candidates": 18})
+    for options in ({"do_sample": False}, SAMPLED):
+        assert_same_text(target, drafter, prompt_ids(VOCAB, 6), max_new_tokens=40, **options)
+        assert drafter.last_generation.accepted >= 3
+
+
+@pytest.mark.parametrize("further", [{"calibration": calibration(2)}, {"pass_cost": 0.2}, {"pass_cost": 50.0}], ids=str)
+@pytest.mark.parametrize("options", [{}, ENDING, ENDING | {"repetition_penalty": 1.3}], ids=str)
+def test_batch_text_is_plain_text(tiny_target, tiny_drafter, options, further):
+    target = tiny_target(VOCAB)
+    drafter = tiny_drafter(target, 2, tree=SPEC | {"candidates": 16} | further)
+    both(target, drafter, batch(), **(GREEDY | options))
+
+
+def test_sampled_batch_is_plain_text(tiny_target, tiny_drafter):
+    target = tiny_target(VOCAB)
+    drafter = tiny_drafter(target, 2, tree=SPEC | {"candidates": 16})
+    for seed in range(2):
+        assert_same_text(target, drafter, batch(), seed=seed, max_new_tokens=24, pad_token_id=0, **SAMPLED)
+
+
+def test_a_wrong_mask_changes_the_text(tiny_target, tiny_drafter, monkeypatch):
+    """The control: nodes that see every node before them, not their own path alone."""
+    target = tiny_target(VOCAB)
+    drafter = tiny_drafter(target, 2, tree=SPEC | {"candidates": 16})
+    plain = TargetSession.masks
+    monkeypatch.setattr(
+        TargetSession, "masks", lambda self, seen, *rest: plain(self, torch.ones_like(seen).tril(), *rest)
+    )
+    with pytest.raises(AssertionError):
+        assert_same_text(target, drafter, prompt_ids(VOCAB, 6), max_new_tokens=40, do_sample=False)
+
+
+def test_a_dear_pass_is_left_out(tiny_target, tiny_drafter):
+    target = tiny_target(VOCAB)
+    features, tokens = committed(target, 6)
+    depths = {}
+    for cost in (None, 0.01, 50.0):
+        generator = FalconCandidateGenerator(tiny_drafter(target, 2, tree=SPEC | {"pass_cost": cost}), target)
+        generator.append(features, tokens)
+        depths[cost] = int(generator.draft(tokens[:, -1:], max_depth=99).depths.max())
+    assert depths[50.0] <= 2 < depths[0.01] == depths[None]
+
+
+@pytest.mark.parametrize("max_depth", [1, 2, 3, 5])
+def test_max_depth_is_kept(tiny_target, tiny_drafter, max_depth):
+    target = tiny_target(VOCAB)
+    features, tokens = committed(target, 6)
+    generator = FalconCandidateGenerator(tiny_drafter(target, 2, tree=SPEC), target)
+    generator.append(features, tokens)
+    tree = generator.draft(tokens[:, -1:], max_depth=max_depth)
+    paths_of(tree)
+    assert tree.depths.max() <= max_depth
+    assert tree.size == 1 + (4 if max_depth == 1 else 16)
+
+
+def test_calibration_is_linear_between_its_points():
+    points, tables = Calibration((-4.0, -2.0, 0.0), (((0.0, 0.2, 0.6), (0.1, 0.1, 1.0)),)).tensors(torch.device("cpu"))
+    chances = calibrated(torch.tensor([-9.0, -3.0, -1.0, 0.0]).expand(1, 1, 2, 4), points, tables[0]).exp()
+    assert torch.allclose(chances[0, 0, 0], torch.tensor([1e-6, 0.1, 0.4, 0.6]))
+    assert torch.allclose(chances[0, 0, 1], torch.tensor([0.1, 0.1, 0.55, 1.0]))
+
+
+@pytest.mark.parametrize(
+    ("entry", "complaint"),
+    [
+        ({}, "kind"),
+        ({"kind": "static", "nodes": 3}, "kind"),
+        ({"kind": "dynamic"}, "nodes"),
+        ({"kind": "dynamic", "nodes": 0}, "nodes"),
+        ({"kind": "dynamic", "nodes": 8, "width": "four"}, "width"),
+        ({"kind": "dynamic", "nodes": 8, "depth": 4}, "depth"),
+        ({"kind": "dynamic", "nodes": 8, "pass_cost": -1}, "pass_cost"),
+        ({"kind": "dynamic", "nodes": 8, "calibration": {"acceptance": []}}, "calibration"),
+        ({"kind": "dynamic", "nodes": 8, "calibration": calibration(3)}, "block size"),
+        (
+            {"kind": "dynamic", "nodes": 8, "calibration": calibration(2) | {"log_probability": [0, -1, -2, -3]}},
+            "ascending",
+        ),
+    ],
+)
+def test_impossible_trees_are_errors(entry, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        FalconDrafterConfig(block_size=2, tree=entry)
+
+
+def test_config_keeps_a_dynamic_tree(tmp_path):
+    tree = SPEC | {"calibration": calibration(2), "pass_cost": 0.1}
+    FalconDrafterConfig(block_size=2, tree=tree).save_pretrained(tmp_path)
+    assert FalconDrafterConfig.from_pretrained(tmp_path).tree == tree
+
+
+def test_more_candidates_than_the_draft_vocabulary_are_refused(tiny_target, tiny_drafter):
+    target = tiny_target(VOCAB)
+    drafter = tiny_drafter(target, 2, draft_vocab_size=8, tree=SPEC | {"candidates": 9})
+    with pytest.raises(ValueError, match=r"9 siblings.* 8 tokens"):
+        FalconCandidateGenerator(drafter, target)

@@ -1,0 +1,139 @@
+"""Distillation runs: what they write, how they go on, and what they refuse."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import load_from_disk
+
+from falcon_hf.training import distillation
+from falcon_hf.training.distillation import DistillationSettings, distil, read_lines, save_dataset
+from falcon_hf.training.errors import DistillationError
+
+from ..bench.tiny import VOCABULARY, byte_tokenizer
+
+SETTINGS = DistillationSettings(dialogues=9, batch_size=3, max_new_tokens=12, stems=["Say", "Sing a", "Why"], seed=4)
+
+
+@pytest.fixture
+def target(tiny_target: Any) -> Any:
+    target = tiny_target(VOCABULARY, seed=33)
+    target.generation_config.eos_token_id = list(range(40))
+    return target
+
+
+def dialogues(folder: Path) -> list[dict[str, Any]]:
+    return read_lines(folder / "dialogues.jsonl")
+
+
+def run(target: Any, folder: Path, settings: DistillationSettings = SETTINGS) -> int:
+    return sum(1 for _ in distil(target, byte_tokenizer(), settings, folder))
+
+
+def test_answers_are_the_targets_own(target: Any, tmp_path: Path) -> None:
+    assert run(target, tmp_path) == 9
+    lines = dialogues(tmp_path)
+    turns = [line["turn"] for line in read_lines(tmp_path / "turns.jsonl")]
+    assert len({line["n"] for line in lines}) == 9
+    tokenizer = byte_tokenizer()
+    for line in lines:
+        assert tokenizer.decode(line["p"]) == f"<user>{turns[line['n']]}\n<assistant>"
+        ids = torch.tensor([line["p"]])
+        out = target.generate(input_ids=ids, do_sample=False, max_new_tokens=12, pad_token_id=0)
+        assert out[0, len(line["p"]) :].tolist() == line["r"]
+    assert save_dataset(tmp_path) == (9, sum(len(line["r"]) for line in lines))
+    rows = load_from_disk(str(tmp_path))
+    assert rows["input_ids"][0] == lines[0]["p"] + lines[0]["r"]
+    assert rows["loss_mask"][0] == [0] * len(lines[0]["p"]) + [1] * len(lines[0]["r"])
+    recipe = json.loads((tmp_path / "recipe.json").read_text())
+    assert recipe["settings"]["seed"] == 4
+    assert recipe["versions"]["torch"] == torch.__version__
+
+
+def test_a_run_that_was_cut_off_goes_on(target: Any, tmp_path: Path) -> None:
+    list(itertools.islice(distil(target, byte_tokenizer(), SETTINGS, tmp_path), 4))
+    with (tmp_path / "dialogues.jsonl").open("a") as file:
+        file.write('{"n": 5, "p": [1, 2')  # killed while writing
+    before = (tmp_path / "dialogues.jsonl").read_text().splitlines()[:4]
+    assert run(target, tmp_path, replace(SETTINGS, batch_size=2)) == 5
+    lines = dialogues(tmp_path)
+    assert [json.dumps(line, separators=(",", ":")) for line in lines[:4]] == before
+    assert len({line["n"] for line in lines}) == 9
+    turns = [line["turn"].casefold() for line in read_lines(tmp_path / "turns.jsonl")]
+    assert len(set(turns)) == len(turns)
+    assert run(target, tmp_path) == 0
+
+
+def test_features_lie_beside_the_dialogues_and_survive_a_cut(target: Any, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, feature_layers=[1, 2])
+    list(itertools.islice(distil(target, byte_tokenizer(), settings, tmp_path), 4))
+    with (tmp_path / "features.bfloat16").open("ab") as file:
+        file.write(bytes(100))  # features without a line
+    run(target, tmp_path, settings)
+    width = 2 * target.config.hidden_size
+    features = torch.from_numpy(np.fromfile(tmp_path / "features.bfloat16", dtype=np.int16)).view(torch.bfloat16)
+    features = features.view(-1, width).float()
+    start = 0
+    for line in dialogues(tmp_path):
+        ids = line["p"] + line["r"]
+        with torch.no_grad():
+            states = target(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
+        expected = torch.cat((states[1], states[2]), dim=-1)[0]
+        torch.testing.assert_close(features[start : start + len(ids) - 1], expected[:-1], atol=0.05, rtol=0.02)
+        start += len(ids)
+    assert start == len(features)
+    (tmp_path / "features.bfloat16").write_bytes(bytes(10))
+    with pytest.raises(DistillationError, match="lacks features"):
+        run(target, tmp_path, replace(settings, dialogues=10))
+
+
+def test_data_of_other_settings_is_not_mixed_in(target: Any, tiny_target: Any, tmp_path: Path) -> None:
+    run(target, tmp_path)
+    with pytest.raises(DistillationError, match=r"max_new_tokens differ.*--output"):
+        run(target, tmp_path, replace(SETTINGS, max_new_tokens=13))
+    with pytest.raises(DistillationError, match="target_fingerprint"):
+        run(tiny_target(VOCABULARY, seed=34), tmp_path)
+    (tmp_path / "recipe.json").write_text("{}")
+    with pytest.raises(DistillationError, match="no recipe"):
+        run(target, tmp_path)
+    (tmp_path / "recipe.json").unlink()
+    with pytest.raises(DistillationError, match=r"without a recipe\.json"):
+        run(target, tmp_path)
+    assert len(dialogues(tmp_path)) == 9
+
+
+def test_prompts_from_a_file_end_the_run(target: Any, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    questions = ["What is it?", "What is  IT?", "Who?!", "A very long question " * 9]
+    prompts.write_text("".join(json.dumps({"prompt": question}) + "\n" for question in questions))
+    settings = replace(SETTINGS, prompts=str(prompts), max_prompt_tokens=80)
+    assert run(target, tmp_path / "out", settings) == 2
+    tokenizer = byte_tokenizer()
+    asked = sorted(tokenizer.decode(line["p"]) for line in dialogues(tmp_path / "out"))
+    assert asked == ["<user>What is it?\n<assistant>", "<user>Who?!\n<assistant>"]
+    with pytest.raises(DistillationError, match="No prompt was left"):
+        run(target, tmp_path / "out", settings)
+
+
+def test_sampled_answers_repeat_with_the_seed(target: Any, tmp_path: Path) -> None:
+    texts = []
+    for name, seed in (("a", 4), ("b", 4), ("c", 5)):
+        run(target, tmp_path / name, replace(SETTINGS, temperature=1.0, seed=seed))
+        texts.append([line["r"] for line in dialogues(tmp_path / name)])
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_damaged_lines_and_empty_folders_are_told(tmp_path: Path) -> None:
+    (tmp_path / "dialogues.jsonl").write_text('{"n": 1}\nrubbish\n')
+    with pytest.raises(DistillationError, match="line 2"):
+        read_lines(tmp_path / "dialogues.jsonl")
+    with pytest.raises(DistillationError, match="no dialogues"):
+        save_dataset(tmp_path / "nowhere")
+    assert distillation.read_lines(tmp_path / "nothing.jsonl") == []
