@@ -12,6 +12,7 @@ from safetensors import safe_open
 from transformers import AutoModel
 
 from falcon_hf import FalconDrafterConfig, TreeShape
+from falcon_hf.runtime.repo_files import code_stamp
 
 ROOT = Path(__file__).parents[1]
 RUNTIME = ROOT / "src" / "falcon_hf" / "runtime"
@@ -31,7 +32,22 @@ class TestFolder:
 
     def test_it_holds_nothing_else(self, folder):
         others = {path.name for path in folder.iterdir() if path.suffix != ".py" and path.name != "__pycache__"}
-        assert others <= {"README.md", "config.json", "model.safetensors", "benchmarks"}
+        assert others <= {
+            "README.md",
+            "config.json",
+            "custom_generate",
+            "model.safetensors",
+            "benchmarks",
+            "recipe.json",
+        }
+
+    def test_its_second_way_in_is_there(self, folder):
+        names = {path.name for path in (folder / "custom_generate").iterdir() if path.name != "__pycache__"}
+        assert names == {"generate.py", "requirements.txt"}
+        assert (folder / "custom_generate" / "generate.py").read_text() == (RUNTIME / "remote_generate.py").read_text()
+
+    def test_its_stamp_is_its_codes(self, folder):
+        assert FalconDrafterConfig.from_pretrained(folder).code_stamp == code_stamp(folder) == code_stamp()
 
     def test_its_config_is_ours_and_complete(self, folder):
         config = FalconDrafterConfig.from_pretrained(folder)

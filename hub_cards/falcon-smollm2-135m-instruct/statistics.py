@@ -19,6 +19,7 @@ class GenerationStatistics:
         rows: rows of the batch.
         rounds: verification forwards of the target; the prefill is not one.
         row_rounds: rounds counted once a row that had not ended; the same as ``rounds`` for one row.
+        plain_rounds: rounds without drafts because drafting was losing, or to time them (``auto_off``).
         drafted: nodes verified, roots not counted.
         accepted: drafted tokens that were emitted.
         new_tokens: tokens emitted, the prefill's first included.
@@ -31,6 +32,7 @@ class GenerationStatistics:
     rows: int = 1
     rounds: int = 0
     row_rounds: int = 0
+    plain_rounds: int = 0
     drafted: int = 0
     accepted: int = 0
     new_tokens: int = 0
@@ -65,10 +67,11 @@ class GenerationStatistics:
         """Everything but prefill, draft and verify: walk, cache and rest."""
         return self.total_seconds - self.prefill_seconds - self.draft_seconds - self.verify_seconds
 
-    def count(self, paths: list[list[int]], tree_size: int) -> None:
+    def count(self, paths: list[list[int]], tree_size: int, drafted: bool = True) -> None:
         """Count one round from the visited nodes of each row (none for a row that had ended)."""
         walked = [path for path in paths if path]
         self.rounds += 1
+        self.plain_rounds += not drafted
         self.row_rounds += len(walked)
         self.drafted += (tree_size - 1) * len(walked)
         self.accepted += sum(len(path) - 1 for path in walked)

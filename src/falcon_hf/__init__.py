@@ -7,10 +7,12 @@ Unrelated to transformers' own model family "falcon" (TII's).
 from transformers import AutoConfig, AutoModel
 
 from .demo_target import load_demo_target
+from .hub.find import find_drafter
 from .runtime.candidate_generator import FalconCandidateGenerator
 from .runtime.configuration_falcon_drafter import FalconDrafterConfig
 from .runtime.generation import FalconGenerationMixin
 from .runtime.modeling_falcon_drafter import FalconDrafter
+from .runtime.repo_files import CodeStampWarning
 from .runtime.routing import install, uninstall
 from .runtime.statistics import GenerationStatistics
 from .runtime.target import TargetMismatchWarning
@@ -21,10 +23,9 @@ from .version import __version__
 # An installed falcon_hf loads drafters without remote code; save_pretrained writes the code beside the weights.
 AutoConfig.register(FalconDrafterConfig.model_type, FalconDrafterConfig, exist_ok=True)
 AutoModel.register(FalconDrafterConfig, FalconDrafter, exist_ok=True)
-FalconDrafterConfig.register_for_auto_class()
-FalconDrafter.register_for_auto_class("AutoModel")
 
 __all__ = [
+    "CodeStampWarning",
     "DraftTree",
     "FalconCandidateGenerator",
     "FalconDrafter",
@@ -34,6 +35,7 @@ __all__ = [
     "TargetMismatchWarning",
     "TreeShape",
     "__version__",
+    "find_drafter",
     "install",
     "load_demo_target",
     "uninstall",

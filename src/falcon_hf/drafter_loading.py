@@ -1,4 +1,4 @@
-"""Loading a drafter for the commands and the benchmark: whatever is wrong with it is one kind of error."""
+"""Loading a drafter for the commands and the benchmark: whatever is wrong with it is one kind of error, on one line."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from .drafter_checks import check_code, check_kind, check_weights, read_settings
 from .runtime.configuration_falcon_drafter import FalconDrafterConfig
 from .runtime.modeling_falcon_drafter import FalconDrafter
 
@@ -23,6 +24,7 @@ _CAUSES = (
     KeyError,
     AttributeError,
     TypeError,
+    SyntaxError,
     SafetensorError,
     StrictDataclassError,
     HTTPError,
@@ -36,7 +38,7 @@ class DrafterError(ValueError):
 def load_drafter(
     source: str | Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False
 ) -> FalconDrafter:
-    """A drafter in evaluation mode, on the CPU.
+    """A drafter in evaluation mode, on the CPU. A local folder is looked through before anything in it is used.
 
     Args:
         source: a folder or a Hub repo.
@@ -45,24 +47,24 @@ def load_drafter(
             ``AutoModel`` prefers an installed class whatever it is told.
 
     Raises:
-        DrafterError: if it is no Falcon drafter, or config or weights are absent, corrupt or incomplete.
+        DrafterError: if it is no Falcon drafter, or config, code or weights are absent, corrupt or incomplete.
+
+    Warns:
+        CodeStampWarning: if the code in the repo is not the code it was saved with.
     """
     try:
-        if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-            raise DrafterError(f"{str(source)!r} is not a Falcon drafter: it has no config.json.")
-        settings, _ = PreTrainedConfig.get_config_dict(source)
-        kind = settings.get("model_type")
-        if kind != FalconDrafterConfig.model_type:
-            raise DrafterError(f"{str(source)!r} is not a Falcon drafter: its model_type is {kind!r}.")
-        model_class: Any = FalconDrafter
-        if trust_remote_code:
-            code = settings.get("auto_map", {}).get("AutoModel")
-            if code is None:
-                raise DrafterError(f"The drafter {str(source)!r} brings no code of its own to trust.")
-            model_class = get_class_from_dynamic_module(code, str(source))
+        folder = Path(source) if Path(source).is_dir() else None
+        if folder is not None:
+            settings = read_settings(folder)
+        else:
+            settings, _ = PreTrainedConfig.get_config_dict(source)
+            check_kind(settings)
+        code = check_code(settings, folder) if trust_remote_code else None
+        if folder is not None:
+            check_weights(folder, None if trust_remote_code else FalconDrafterConfig.from_pretrained(folder))
+        model_class: Any = FalconDrafter if code is None else get_class_from_dynamic_module(code, str(source))
         drafter: FalconDrafter = model_class.from_pretrained(source, dtype=dtype or "auto")
         return drafter.eval()
-    except DrafterError:
-        raise  # a ValueError as well
     except _CAUSES as error:
-        raise DrafterError(f"The drafter {str(source)!r} cannot be loaded: {error}") from error
+        why = " ".join(str(error).split())
+        raise DrafterError(f"The drafter {str(source)!r} cannot be loaded: {why}") from error

@@ -71,7 +71,7 @@ def quiet() -> Iterator[None]:
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     # Other libraries' deprecations are for their developers. By name: a drafter's remote code has its own class.
-    if category.__name__ == "TargetMismatchWarning":
+    if category.__name__ in ("TargetMismatchWarning", "CodeStampWarning"):
         warn(str(message))
 
 

@@ -19,6 +19,9 @@ Embedding and LM head are the target's; they are arguments here, never modules, 
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,11 +31,15 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, rotate_half
 
+from .block_mixing import BlockMixing
 from .configuration_falcon_drafter import FalconDrafterConfig
 from .drafter_cache import DrafterCache
+from .repo_files import check_stamp, code_stamp, write_repo_files
+from .repo_upload import UPLOAD_OPTIONS, upload_repo
 from .rollout import RolloutKeys, own_pairs, relaxed_causal_mask, rollout_mask
 from .routing import install
 from .statistics import GenerationStatistics
+from .tree import DraftTree
 
 FusionState = tuple[torch.Tensor, torch.Tensor]
 """LSTM state (h, c), each ``[layers, B, H]``; of zero layers for a fusion without state."""
@@ -47,7 +54,7 @@ class FalconFusion(nn.Module):
         self.embedding_scale = config.embedding_scale
         size = config.hidden_size
         if self.kind == "linear":
-            self.linear = nn.Linear(2 * size, size, bias=False)
+            self.linear = nn.Linear(2 * size, size, bias=config.fusion_bias)
         else:
             self.lstm = nn.LSTM(2 * size, size, num_layers=config.fusion_layers, batch_first=True)
 
@@ -92,9 +99,9 @@ class FalconAttention(nn.Module):
         self.head_dim: int = config.head_dim or 0  # the config has filled both in
         groups: int = config.num_key_value_heads or 0
         size, heads = config.hidden_size, config.num_attention_heads
-        self.q_proj = nn.Linear(size, heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(size, groups * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(size, groups * self.head_dim, bias=False)
+        self.q_proj = nn.Linear(size, heads * self.head_dim, bias=config.attention_bias)
+        self.k_proj = nn.Linear(size, groups * self.head_dim, bias=config.attention_bias)
+        self.v_proj = nn.Linear(size, groups * self.head_dim, bias=config.attention_bias)
         self.o_proj = nn.Linear(heads * self.head_dim, size, bias=False)
 
     def forward(
@@ -106,10 +113,12 @@ class FalconAttention(nn.Module):
         layer: int,
         cache: DrafterCache | RolloutKeys | None,
         select: torch.Tensor | None = None,
+        start: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """``[B, S, H]`` -> ``[B, queries, H]`` for the last ``queries`` columns; mask ``[B, 1, queries, T]``.
 
-        With ``select`` ``[M]``, flat indices into ``[B * queries]``, only those: ``[M, H]``.
+        With ``select`` ``[M]``, flat indices into ``[B * queries]``, only those: ``[M, H]``. Queries come from
+        ``start`` ``[B, S, H]`` if it is given, keys and values always from ``hidden``.
         """
         batch, columns, _ = hidden.shape
         cos, sin = (table[:, None] for table in rotary)  # [B, 1, S, head_dim]
@@ -118,7 +127,7 @@ class FalconAttention(nn.Module):
             return projected.view(batch, -1, projected.shape[-1] // self.head_dim, self.head_dim).transpose(1, 2)
 
         first = columns - queries
-        query = heads(self.q_proj(hidden[:, first:]))
+        query = heads(self.q_proj((hidden if start is None else start)[:, first:]))
         query = query * cos[:, :, first:] + rotate_half(query) * sin[:, :, first:]
         keys, values = heads(self.k_proj(hidden)), heads(self.v_proj(hidden))
         keys = keys * cos + rotate_half(keys) * sin
@@ -142,11 +151,26 @@ class FalconDecoderLayer(nn.Module):
         self.mlp = LlamaMLP(config)
 
     def forward(
-        self, hidden: torch.Tensor, *, queries: int, select: torch.Tensor | None = None, **attention: Any
+        self,
+        hidden: torch.Tensor,
+        *,
+        queries: int,
+        select: torch.Tensor | None = None,
+        start: torch.Tensor | None = None,
+        **attention: Any,
     ) -> torch.Tensor:
-        """``[B, S, H]`` -> ``[B, queries, H]``, or ``[M, H]`` with ``select``; see [`FalconAttention.forward`]."""
-        attended = self.attention(self.input_norm(hidden), queries=queries, select=select, **attention)
-        hidden = hidden[:, hidden.shape[1] - queries :]
+        """``[B, S, H]`` -> ``[B, queries, H]``, or ``[M, H]`` with ``select``; see [`FalconAttention.forward`].
+
+        ``start`` ``[B, S, H]`` is what queries and residuals come from, ``hidden`` by default.
+        """
+        attended = self.attention(
+            self.input_norm(hidden),
+            queries=queries,
+            select=select,
+            start=None if start is None else self.input_norm(start),
+            **attention,
+        )
+        hidden = (hidden if start is None else start)[:, hidden.shape[1] - queries :]
         if select is not None:
             hidden = hidden.flatten(0, 1).index_select(0, select)
         hidden = hidden + attended
@@ -159,18 +183,21 @@ class FalconDrafter(PreTrainedModel):
     Attributes:
         draft_vocab_ids: buffer ``[draft_vocab_size]``, ascending ids of the reduced draft vocabulary, or None.
         last_generation: statistics of the last finished call of ``generate()`` with this drafter, None before it.
+        on_round: called after each round with its tree and the visited nodes of each row, root first; None for nothing.
     """
 
     config_class = FalconDrafterConfig
     config: FalconDrafterConfig
     base_model_prefix = "drafter"
     main_input_name = "features"
+    _auto_class = "AutoModel"
     supports_gradient_checkpointing = False
     _no_split_modules = ["FalconDecoderLayer"]
     _supports_sdpa = True
 
     draft_vocab_ids: torch.Tensor | None
     last_generation: GenerationStatistics | None = None
+    on_round: Callable[[DraftTree, list[list[int]]], None] | None = None
 
     def __init__(self, config: FalconDrafterConfig) -> None:
         super().__init__(config)
@@ -184,6 +211,7 @@ class FalconDrafter(PreTrainedModel):
             self.register_buffer("feature_mean", torch.zeros(earlier))
             self.register_buffer("feature_scale", torch.ones(earlier))
         self.fusion = FalconFusion(config)
+        self.mixing = BlockMixing(config.block_size, config.hidden_size) if config.block_mixing else None
         self.layers = nn.ModuleList(FalconDecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.rotary = LlamaRotaryEmbedding(config)
         ids = None if config.draft_vocab_size is None else torch.arange(config.draft_vocab_size)
@@ -192,21 +220,67 @@ class FalconDrafter(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As in transformers, but weights that the checkpoint lacks are an error, not random numbers and a warning.
+        """As in transformers, but only from safetensors, and broken weights are an error, not a warning.
 
         Raises:
-            ValueError: naming the weights that are missing or have another shape.
+            ValueError: naming the weights that are missing, have another shape or are not finite.
+
+        Warns:
+            CodeStampWarning: if the code in the repo is not the code it was saved with.
         """
+        kwargs["use_safetensors"] = True  # never a pickle
         drafter, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         wrong = [*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])]
         if wrong:
             raise ValueError(
                 f"The drafter's weights are incomplete: {', '.join(sorted(wrong)[:3])} ({len(wrong)} in all)."
             )
+        for name, weight in drafter.state_dict().items():
+            if weight.device.type != "meta" and not weight.isfinite().all():
+                raise ValueError(f"The drafter's weights are damaged: {name} has values that are not finite.")
+        check_stamp(drafter.config, str(args[0] if args else kwargs.get("pretrained_model_name_or_path")))
         return (drafter, info) if output_loading_info else drafter
+
+    def save_pretrained(
+        self, save_directory: Any, is_main_process: bool = True, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """As in transformers, and with all that a repo needs to be used without ``falcon_hf`` (``repo_files.py``).
+
+        Args:
+            save_directory: the folder; a README.md in it is kept.
+            is_main_process: whether this process writes code, config and card.
+            push_to_hub: upload the folder afterwards, to ``repo_id`` (see [`push_to_hub`]), by default its name.
+            **kwargs: for transformers' ``save_pretrained``; with ``push_to_hub`` also those of [`push_to_hub`].
+        """
+        upload = {name: kwargs.pop(name) for name in UPLOAD_OPTIONS if name in kwargs}
+        self.config.code_stamp = code_stamp()
+        # There is no older format to go back to, and going back would give a loaded drafter's shards another order.
+        kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            write_repo_files(self.config, Path(save_directory))
+            if push_to_hub:
+                upload_repo(Path(save_directory), upload.pop("repo_id", Path(save_directory).name), **upload)
+
+    def push_to_hub(self, repo_id: str, *, max_shard_size: int | str = "50GB", **options: Any) -> str:
+        """Save the drafter and upload it as the Hub repo ``repo_id``; a README.md there is kept.
+
+        Args:
+            repo_id: ``organisation/name``, made if absent.
+            max_shard_size: as in ``save_pretrained``.
+            **options: see ``repo_upload.upload_repo``.
+
+        Returns:
+            The commit's address.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            return upload_repo(Path(folder), repo_id, keep_card=True, **options)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        if isinstance(module, BlockMixing):
+            module.reset(0.5 * self.config.hidden_size**-0.5)
         if isinstance(module, nn.LSTM):
             for name, parameter in module.named_parameters():
                 if name.startswith("weight"):
@@ -226,6 +300,7 @@ class FalconDrafter(PreTrainedModel):
         queries: int | None = None,
         cache: DrafterCache | RolloutKeys | None = None,
         select: torch.Tensor | None = None,
+        place: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run the decoder layers over fused pairs.
 
@@ -237,6 +312,7 @@ class FalconDrafter(PreTrainedModel):
             cache: written at its end; its length is left as it was, so advance it to keep the columns.
             select: ``[M]``, flat indices into ``[B * queries]``: the only outputs wanted (training: the others have
                 no loss). All by default.
+            place: ``[B, S]``, position of each column in its block; by default blocks end at the last column.
 
         Returns:
             ``[B, queries, H]``, the estimates f^; ``[M, H]`` with ``select``.
@@ -244,11 +320,13 @@ class FalconDrafter(PreTrainedModel):
         rotary = self.rotary(fused, positions)
         queries = fused.shape[1] if queries is None else queries
         last = len(self.layers) - 1
+        start = None if self.mixing is None else self.mixing(fused, place)
         for index, layer in enumerate(self.layers):
             # Only the last layer can leave columns out: the others' outputs are the next one's keys.
             wanted = queries if index == last else fused.shape[1]
             fused = layer(
                 fused,
+                start=start if index == 0 else None,
                 queries=wanted,
                 select=select if index == last else None,
                 rotary=rotary,
@@ -297,19 +375,20 @@ class FalconDrafter(PreTrainedModel):
             # A padded column sees itself, so that no softmax row is empty.
             mask = mask & (pair_mask[:, None, None] | torch.eye(columns, dtype=torch.bool, device=mask.device))
         positions = torch.arange(columns, device=features.device)[None].expand(features.shape[0], -1)
+        place = (positions + block_offset[:, None]) % self.config.block_size
         if rollout_embeddings is None:
-            return self.decode(fused, positions, mask, select=select)
+            return self.decode(fused, positions, mask, select=select, place=place)
         if self.fusion.is_recurrent:
             raise ValueError("A rollout needs a fusion without recurrence: 'linear' or 'lstm_stateless'.")
         rows = rollout_embeddings.shape[0]
         keys = RolloutKeys(len(self.layers))
-        outputs = [self.decode(fused, positions, mask, select=select, cache=keys)]
+        outputs = [self.decode(fused, positions, mask, select=select, cache=keys, place=place)]
         keys.keep_rows(rows)
         own = outputs[0]
         if select is not None:
             flat = own.new_zeros(fused.shape[0] * columns, own.shape[-1]).index_copy(0, select, own)
             own = flat.view(fused.shape[0], columns, -1)
-        own = own[:rows]
+        own, place = own[:rows], place[:rows]
         selects = rollout_selects or []
         for index, wanted in enumerate(selects):
             fused, _ = self.fusion(own_pairs(own, self.config.block_size).to(fused.dtype), rollout_embeddings)
@@ -321,9 +400,9 @@ class FalconDrafter(PreTrainedModel):
                 None if pair_mask is None else pair_mask[:rows],
             )
             if index == len(selects) - 1:  # nobody reads the other columns
-                outputs.append(self.decode(fused, positions[:rows], mask, select=wanted, cache=keys))
+                outputs.append(self.decode(fused, positions[:rows], mask, select=wanted, cache=keys, place=place))
                 break
-            own = self.decode(fused, positions[:rows], mask, cache=keys)
+            own = self.decode(fused, positions[:rows], mask, cache=keys, place=place)
             outputs.append(own.flatten(0, 1).index_select(0, wanted))
         return outputs
 

@@ -6,7 +6,9 @@ that look inside a target.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +85,7 @@ TREE_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attenti
 
 _FINGERPRINT_SAMPLES = 32
 # Far above rounding (bfloat16: 0.002) and fine-tuning, far below another model's weights (about 1.4).
-_FINGERPRINT_TOLERANCE = 0.1
+FINGERPRINT_TOLERANCE = 0.1
 
 
 class TargetMismatchWarning(UserWarning):
@@ -100,11 +102,14 @@ def fingerprint(target: PreTrainedModel) -> list[float] | None:
     None where the weights are not at hand (meta device, offloaded).
     """
     weight = target.get_input_embeddings().weight
-    if weight.device.type == "meta":
-        return None
-    rows = torch.linspace(0, weight.shape[0] - 1, _FINGERPRINT_SAMPLES).long()
-    columns = (torch.arange(_FINGERPRINT_SAMPLES) * 37) % weight.shape[1]
-    samples = weight.detach()[rows.to(weight.device), columns.to(weight.device)].float().tolist()
+    return None if weight.device.type == "meta" else fingerprint_of(weight)
+
+
+def fingerprint_of(embedding: torch.Tensor) -> list[float]:
+    """[`fingerprint`] of an input embedding's weight ``[V, H]``."""
+    rows = torch.linspace(0, embedding.shape[0] - 1, _FINGERPRINT_SAMPLES).long()
+    columns = (torch.arange(_FINGERPRINT_SAMPLES) * 37) % embedding.shape[1]
+    samples = embedding.detach()[rows.to(embedding.device), columns.to(embedding.device)].float().tolist()
     return [float(f"{sample:.4g}") for sample in samples]
 
 
@@ -181,7 +186,7 @@ def _check_fingerprint(target: PreTrainedModel, config: FalconDrafterConfig) -> 
     if config.target_fingerprint is None:
         return
     own = fingerprint(target)
-    if own is not None and fingerprint_distance(own, config.target_fingerprint) > _FINGERPRINT_TOLERANCE:
+    if own is not None and fingerprint_distance(own, config.target_fingerprint) > FINGERPRINT_TOLERANCE:
         warnings.warn(
             f"The drafter was trained for another target ({_trained_for(config)}), not for "
             f"{target.config._name_or_path or type(target).__name__!r}. The text will be right, but hardly faster.",
@@ -193,9 +198,45 @@ def _check_fingerprint(target: PreTrainedModel, config: FalconDrafterConfig) -> 
 def input_embeddings(target: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
     """``[B, S]`` tokens -> ``[B, S, H]``, through the target's module: some scale inside it (gemma)."""
     embedding: Any = target.get_input_embeddings()
-    return embedding(tokens.to(embedding.weight.device))
+    device = embedding.weight.device
+    # An offloaded module's weights are elsewhere until it is called, and it moves its inputs itself.
+    return embedding(tokens if device.type == "meta" else tokens.to(device))
 
 
 def head_weight(target: PreTrainedModel) -> torch.Tensor:
-    """The LM head's weight ``[V, H]``, as a plain tensor."""
-    return target.get_output_embeddings().weight.detach()
+    """The LM head's weight ``[V, H]``, as a plain tensor: loaded if offloaded, dequantised if quantised."""
+    head = target.get_output_embeddings()
+    with _loaded(head):
+        weight = head.weight.detach()
+    return weight.dequantize() if type(weight) is not torch.Tensor and hasattr(weight, "dequantize") else weight
+
+
+@contextlib.contextmanager
+def _loaded(module: Any) -> Iterator[None]:
+    """An offloaded module (accelerate) with its weights, as during its forward."""
+    hook = getattr(module, "_hf_hook", None) if module.weight.device.type == "meta" else None
+    if hook is None:
+        yield
+        return
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, None)
+
+
+def last_device(target: PreTrainedModel) -> torch.device | None:
+    """Where a target that is spread over devices (``device_map``) computes its last hidden states, else None.
+
+    None too where that is no device to put a drafter on: weights on disk, and the CPU they are loaded to.
+    """
+    places = getattr(target, "hf_device_map", None) or {}
+    if len(set(places.values())) < 2:
+        return None
+    place = list(places.values())[-1]  # modules in their order
+    if place in ("disk", "cpu"):
+        return None
+    if isinstance(place, int):  # of whatever accelerator there is
+        accelerator = torch.accelerator.current_accelerator()
+        return torch.device("cuda" if accelerator is None else accelerator.type, place)
+    return torch.device(place)

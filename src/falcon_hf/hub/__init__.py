@@ -1,0 +1,1 @@
+"""Drafters as repos: conversion of other projects' checkpoints, cards, publishing, finding."""

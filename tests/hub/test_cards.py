@@ -1,0 +1,147 @@
+"""Cards are generated, and every number and field in one is that of the files beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from safetensors import safe_open
+
+from falcon_hf import FalconDrafterConfig
+from falcon_hf.cli.publish import render_results
+from falcon_hf.hub.cards import CardSource, build_card, read_recipe, result_files
+from falcon_hf.hub.errors import HubError
+from falcon_hf.hub.publish import prepare
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = sorted(path for path in (ROOT / "hub_cards").iterdir() if path.is_dir())
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+class TestPublishedCards:
+    def test_it_is_what_publish_writes(self, folder):
+        assert not prepare(folder, render_results, check=True), "run falcon-hf publish on the folder"
+
+    def test_front_matter(self, folder):
+        data = ModelCard.load(folder / "README.md").data
+        config = FalconDrafterConfig.from_pretrained(folder)
+        assert data.base_model == config.target_name_or_path
+        assert data.base_model_relation == "adapter"
+        assert data.library_name == "transformers"
+        assert data.pipeline_tag == "text-generation"
+        assert {"custom_generate", "falcon-drafter", f"falcon-drafter-{config.vocab_size}x{config.hidden_size}"} <= set(
+            data.tags
+        )
+        assert data.license
+        assert data.language
+
+    def test_evaluation_results_are_the_stored_ones(self, folder):
+        data = ModelCard.load(folder / "README.md").data
+        assert data.model_name == folder.name
+        shown = {(entry.dataset_config, entry.metric_type): entry for entry in data.eval_results}
+        stored = [json.loads(path.read_text()) for path in (folder / "benchmarks").glob("*.json")]
+        assert len(shown) == len(data.eval_results) == 4 * len(stored)
+        for result in stored:
+            figures = result["summary"]["falcon"]
+            found = [
+                {metric: shown[config, metric].metric_value for metric in ("speedup", "tau", "tau_with_bonus", "alpha")}
+                for config in {config for config, _ in shown}
+                if shown[config, "tau"].dataset_args["options"] == result["settings"]["options"]
+                and shown[config, "tau"].dataset_args["dtype"] == result["settings"]["target"]["dtype"]
+            ]
+            assert found == [
+                {
+                    "speedup": round(figures["speed_ratio"]["median"], 4), "tau": round(figures["tau"], 4),
+                    "tau_with_bonus": round(figures["tau_with_bonus"], 4), "alpha": round(figures["alpha"], 4),
+                }
+            ]  # fmt: skip
+
+    def test_results_are_of_these_weights_and_this_config(self, folder):
+        config = FalconDrafterConfig.from_pretrained(folder)
+        digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        for path in (folder / "benchmarks").glob("*.json"):
+            settings = json.loads(path.read_text())["settings"]
+            method = settings["methods"]["falcon"]
+            assert method["weights_sha256"] == digest, path
+            assert sorted(map(tuple, method["tree"])) == sorted(map(tuple, config.tree)), path
+            assert (method["block_size"], method["fusion"]) == (config.block_size, config.fusion)
+            assert settings["target"]["name"] == config.target_name_or_path
+
+    def test_facts(self, folder):
+        text = (folder / "README.md").read_text()
+        config = FalconDrafterConfig.from_pretrained(folder)
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            sizes = [file.get_slice(name).get_shape() for name in file.keys() if name != "draft_vocab_ids"]  # noqa: SIM118
+        count = 0
+        for shape in sizes:
+            size = 1
+            for length in shape:
+                size *= length
+            count += size
+        assert f"| {count / 1e6:.1f} million, 16 bits each |" in text
+        assert f"Block size k = {config.block_size}, {config.fusion} fusion" in text
+        assert f"| tree | {len(config.tree)} nodes |" in text
+        assert f"drafting over {config.draft_vocab_size:,} tokens" in text
+
+
+def small_source(**changes):
+    config = FalconDrafterConfig(
+        vocab_size=24, hidden_size=64, intermediate_size=96, num_attention_heads=4, block_size=3, fusion="lstm",
+        target_name_or_path="some-org/some-model", target_model_type="llama",
+    )  # fmt: skip
+    return CardSource(
+        **({"name": "a-drafter", "config": config, "parameters": 1_234_000, "bytes_per_weight": 4} | changes)
+    )
+
+
+def test_a_card_without_recipe_or_results_says_so():
+    text = build_card(small_source())
+    data = ModelCard(text).data
+    assert data.base_model == "some-org/some-model"
+    assert data.eval_results is None
+    for words in ("Not measured yet", "No recipe was kept", "What the training used is not known",
+                  "1.2 million, 32 bits", "the paper's tree", "Block size k = 3, LSTM fusion"):  # fmt: skip
+        assert words in text
+    assert "agreement table" not in text
+
+
+def test_a_recipe_as_training_writes_it():
+    recipe = {
+        "made_with": {"falcon_hf": "0.1.0", "torch": "2.13.0"},
+        "target": {"name": "some-org/some-model", "dtype": "float32"},
+        "data": {"sha256": "ab" * 32, "dialogues": 1234, "learned_tokens": 56789, "held_out_dialogues": 100},
+        "arguments": {"learning_rate": 0.001},
+        "run": {"steps": 4222, "positions_seen": 5_000_000, "seconds": 7200.0},
+        "curve": [{"loss": 1.0}, {"eval_top1": 0.426, "eval_runtime": 3.0}, {"train_runtime": 1}],
+        "machine": {"cpu": "A CPU", "device": "cpu"},
+        "card": {"license": "mit", "language": "en", "datasets": ["some/data"], "training": [["One", "paragraph."]]},
+    }
+    text = build_card(small_source(recipe=recipe))
+    for words in ("| dialogues | 1,234 |", "| steps | 4,222 |", "| duration | 2.0 hours |",
+                  "| held out: top1 | 0.426 |",
+                  "One\nparagraph.", "Training took 2.0 hours on A CPU, cpu; emissions were not measured",
+                  "| `learning_rate` | `0.001` |"):  # fmt: skip
+        assert words in text
+    assert "runtime" not in text
+    data = ModelCard(text).data
+    assert (data.license, data.language, data.datasets) == ("mit", "en", ["some/data"])
+
+
+def test_a_target_in_a_folder_is_no_base_model():
+    source = small_source()
+    source.config.target_name_or_path = "/data/my-target"
+    assert ModelCard(build_card(source)).data.base_model is None
+
+
+def test_results_that_the_recipe_leaves_out(tmp_path):
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "a.json").write_text("{}")
+    assert [path.name for path in result_files(tmp_path, {})] == ["a.json"]
+    with pytest.raises(HubError, match="list each once"):
+        result_files(tmp_path, {"card": {"results": []}})
+    (tmp_path / "recipe.json").write_text("[]")
+    with pytest.raises(HubError, match="is not a recipe"):
+        read_recipe(tmp_path)
