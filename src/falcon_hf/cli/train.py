@@ -48,6 +48,9 @@ def train(
     config: Annotated[
         list[str] | None, typer.Option(help="Any other field of FalconDrafterConfig, NAME=JSON; may be repeated.")
     ] = None,
+    target_layers: Annotated[
+        bool, typer.Option("--target-layers", help="Start the decoder layers as the target's last ones.")
+    ] = False,
     held_out: Annotated[int, typer.Option(min=0, help="Dialogues at the data's end to evaluate on.")] = 100,
     max_length: Annotated[int, typer.Option(min=8, help="Tokens kept of a dialogue.")] = 512,
     features: Annotated[
@@ -156,6 +159,7 @@ def train(
             draft_vocab_size=draft_vocab_size,
             tree=None if tree is None else _read_tree(tree),
             config=drafter_config,
+            target_layers=target_layers,
             init_from=init_from,
             lora_rank=lora_rank,
             save_dtype=save_dtype,
