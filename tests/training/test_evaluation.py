@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from falcon_hf import TreeShape
-from falcon_hf.training.acceptance import MISSED, TreeTable, block_ranks, walk
+from falcon_hf.runtime.dynamic_tree import DynamicTree
+from falcon_hf.training.acceptance import MISSED, TreeTable, block_ranks, simulated_shape, walk
 from falcon_hf.training.arguments import FalconTrainingArguments
 from falcon_hf.training.batches import DialogueDataset
 from falcon_hf.training.evaluation import answer_ranks
@@ -106,6 +107,19 @@ def test_table_follows_paths():
     assert table.accepted(ranks).tolist() == [3, 2, 1, 2, 0, 0, 1, 1]
     assert table.depth == 3
     assert table.width == 3
+
+
+@pytest.mark.parametrize("fields", [{"nodes": 24}, {"nodes": 3, "passes": 3}, {"nodes": 1}, {"nodes": 60, "passes": 1}])
+def test_a_dynamic_tree_is_simulated_by_a_static_one_of_its_size(tiny_target, tiny_drafter, tmp_path, fields):
+    tree = DynamicTree.from_config({"kind": "dynamic", **fields}, 2)
+    shape = simulated_shape(tree, 2)
+    assert min(fields["nodes"], 2) <= shape.size <= fields["nodes"] + 1
+    assert shape.depth <= 2 * tree.passes
+    own = TreeShape.from_paths([[0], [1]])
+    assert simulated_shape(own, 2) is own
+    target = tiny_target(VOCAB)
+    drafter = tiny_drafter(target, 2, "linear", tree={"kind": "dynamic", **fields})
+    assert evaluated(drafter, target, make_text(target, 3), tmp_path)["eval_tau_with_bonus"] >= 1
 
 
 def test_ranks_of_a_round_come_from_its_passes():

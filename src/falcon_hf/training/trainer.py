@@ -12,9 +12,10 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, Trainer
 
-from ..runtime.candidate_generator import tree_shape
+from ..runtime.candidate_generator import drafter_tree
 from ..runtime.modeling_falcon_drafter import FalconDrafter
 from ..runtime.target import head_weight, input_embeddings
+from .acceptance import simulated_shape
 from .arguments import FalconTrainingArguments
 from .batches import DialogueDataset, LengthGroupedOrder, PairBatch, collate, make_pairs
 from .csgd import (
@@ -382,7 +383,7 @@ class FalconTrainer(Trainer):
 
     def _plan(self) -> EvaluationPlan:
         drafter: Any = self.accelerator.unwrap_model(self.model)
-        shape, k = tree_shape(drafter), self._block_size
+        shape, k = simulated_shape(drafter_tree(drafter), self._block_size), self._block_size
         passes = -(-shape.depth // k)
         if self._config.fusion == "lstm":
             passes = 1  # a rollout would have to carry states; the tree is cut at depth k
