@@ -90,6 +90,29 @@ def test_resume_and_a_folder_in_use(tiny_target, text_file, tmp_path):
     assert recipe["run"]["steps"] == 12
 
 
+def test_a_disk_that_fills_up_while_a_checkpoint_is_written(tiny_target, text_file, tmp_path, monkeypatch):
+    """The training ends with an error; the checkpoint before it is whole, and is what a resume goes on from."""
+    target, plain = tiny_target(VOCAB), torch.save
+
+    def save(value, path, *more, **given):
+        if "checkpoint-8" in str(path):
+            raise OSError(28, "No space left on device")
+        return plain(value, path, *more, **given)
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(TrainingError, match=r"No space left on device.*resume"):
+        train(text_file, target, tmp_path, given={"max_steps": 12})
+    assert (tmp_path / "checkpoints" / "checkpoint-8").is_dir()  # a piece of one
+    monkeypatch.setattr(torch, "save", plain)
+    train(text_file, target, tmp_path, resume=True, given={"max_steps": 12})
+    train(text_file, target, tmp_path / "whole", given={"max_steps": 12})
+    broken, whole = (
+        [(entry["step"], entry["loss"]) for entry in json.loads(path.read_text())["curve"] if "loss" in entry]
+        for path in (tmp_path / "drafter" / "recipe.json", tmp_path / "whole" / "drafter" / "recipe.json")
+    )
+    assert broken == whole
+
+
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_a_trained_drafter_goes_on(tiny_target, tiny_drafter, text_file, tmp_path, lora_rank):
     """All weights, or low-rank additions that are merged: the change of each matrix has that rank."""

@@ -15,8 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..drafter_loading import DrafterError, load_drafter
 from ..runtime.configuration_falcon_drafter import FalconDrafterConfig
@@ -175,7 +178,13 @@ def train_drafter(
     checkpoint = _last_checkpoint(Path(args.output_dir or "."), resume)
     if trainer.is_world_process_zero():
         _check_resume(Path(args.output_dir or "."), checkpoint, drafter, data.sha256())
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except (OSError, SafetensorError) as error:  # no room for a checkpoint
+        raise TrainingError(
+            f"The training broke off: {error}. The last whole checkpoint in {args.output_dir} is as it was: make room "
+            "and resume."
+        ) from error
     if len(held_out) and not _evaluated(trainer):
         trainer.evaluate()
     if trainer.is_world_process_zero():
@@ -355,14 +364,14 @@ def _with_lora(drafter: FalconDrafter, rank: int) -> Any:
 
 
 def _last_checkpoint(folder: Path, resume: bool) -> str | None:
-    """The checkpoint to go on from.
+    """The newest whole checkpoint, to go on from; one whose saving broke off lacks what is written last.
 
     Raises:
         TrainingError: one is there and nobody said whether to go on, or none is.
     """
-    from transformers.trainer_utils import get_last_checkpoint
-
-    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    steps = {path: path.name.rpartition("-")[2] for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    whole = [path for path, step in steps.items() if step.isdigit() and (path / TRAINER_STATE_NAME).is_file()]
+    found = str(max(whole, key=lambda path: int(steps[path]))) if whole else None
     if resume and found is None:
         raise TrainingError(f"There is no checkpoint in {folder} to resume from.")
     if found is not None and not resume:
