@@ -22,6 +22,7 @@ class Emission:
         ended: whether the text has ended.
         scores, logits: one ``[1, V]`` an emitted token, or None where not asked for.
         hidden_states: one tuple of ``[1, 1, H]`` (one a layer) an emitted token but the first, or None.
+        attentions: one tuple of ``[1, heads, 1, width]`` (one a layer) an emitted token but the first, or None.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Emission:
         self.scores = record(generation_config.output_scores)
         self.logits = record(generation_config.output_logits)
         self.hidden_states = record(generation_config.output_hidden_states)
+        self.attentions = record(generation_config.output_attentions)
 
     @property
     def new_tokens(self) -> int:
@@ -63,7 +65,7 @@ class Emission:
     @property
     def is_plain_greedy(self) -> bool:
         """Whether a token is just the argmax, with nothing to process or record."""
-        recorded = (self.scores, self.logits, self.hidden_states)
+        recorded = (self.scores, self.logits, self.hidden_states, self.attentions)
         return not self._config.do_sample and len(self._processor) == 0 and all(kept is None for kept in recorded)
 
     def choose(self, logits: torch.Tensor) -> torch.Tensor:

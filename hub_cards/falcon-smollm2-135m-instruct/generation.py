@@ -18,14 +18,16 @@ import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode, MaxLengthCriteria
 
-from .candidate_generator import FalconCandidateGenerator
+from .candidate_generator import FalconCandidateGenerator, tree_shape
 from .draws import Draws
 from .emission import Emission
 from .outputs import StreamedRows, gather_output
 from .statistics import GenerationStatistics
-from .target import check_target
+from .target import check_target, family, last_device
+from .target_attention import under_tree_attention
 from .target_session import TargetSession
 from .tree import DraftTree
+from .tree_shape import TreeShape, chain
 from .verification import follow, follow_greedy
 
 if TYPE_CHECKING:
@@ -56,8 +58,7 @@ def validate(
         The config for transformers' own checks, which refuse several sequences a prompt for any assistant.
 
     Raises:
-        ValueError: beam search and other modes, options that exclude a drafter, outputs that are not recorded, and
-            all of [`check_target`].
+        ValueError: beam search and other modes, options that exclude a drafter, and all of [`check_target`].
     """
     check_target(target, drafter.config)
     if generation_config.num_beams > 1:
@@ -74,15 +75,16 @@ def validate(
             raise ValueError(f"{option} and a Falcon drafter exclude each other ({why}): drop one of the two.")
     if generation_mode_kwargs.get("assistant_tokenizer") is not None:
         raise ValueError("A Falcon drafter shares the target's tokenizer: drop assistant_tokenizer.")
-    if generation_config.return_dict_in_generate and generation_config.output_attentions:
-        raise ValueError("Falcon does not record attentions for now: drop output_attentions or assistant_model.")
     if generation_config.use_cache is False:
-        raise ValueError("Falcon needs a key-value cache: drop use_cache=False or assistant_model.")
+        raise ValueError(
+            "Falcon needs a key-value cache: drop use_cache=False (or pass use_cache=True) or drop assistant_model."
+        )
     relaxed = copy.copy(generation_config)
     relaxed.num_return_sequences = 1
     return relaxed
 
 
+@under_tree_attention
 def decode(
     target: PreTrainedModel,
     drafter: FalconDrafter,
@@ -98,6 +100,7 @@ def decode(
 ) -> torch.Tensor | GenerateDecoderOnlyOutput:
     """Generate from ``input_ids`` ``[B, P]``; everything as ``generate()`` hands it to a decoding method.
 
+    If the target is spread over devices, the drafter moves to the last one, where its features are made.
     With ``synced_gpus`` (ZeRO-3, FSDP) every round is one target forward on every device, until all have finished.
     ``tokenizer`` has served in the stopping criteria, and ``inputs_tensor`` is for encoders.
 
@@ -109,6 +112,8 @@ def decode(
             different times without a padding token.
     """
     check_row_ends(input_ids.shape[0], stopping_criteria, generation_config)
+    if (device := last_device(target)) is not None:
+        drafter.to(device)
     statistics = GenerationStatistics(rows=input_ids.shape[0])
     with statistics.timed("total"):
         draws = Draws(input_ids.shape[0])
@@ -117,7 +122,7 @@ def decode(
             for row in range(input_ids.shape[0])
         ]
         stream = StreamedRows(streamer, rows, generation_config)
-        generators = FalconCandidateGenerator(drafter, target).for_rows(len(rows))
+        generators = FalconCandidateGenerator(drafter, target, chain_shape(drafter, target)).for_rows(len(rows))
         slots = generation_config.max_length + generators[0].shape.size
         session = TargetSession(target, len(rows), slots, model_kwargs)
         with statistics.timed("prefill"):
@@ -140,7 +145,7 @@ def decode(
             with statistics.timed("verify"):
                 outputs = session.verify(tree, [row.budget for row in rows], generation_config)
             with statistics.timed("walk"):
-                paths = _walk(tree, outputs, rows)
+                paths = _walk(tree, outputs, rows, session)
                 stream.flush()
             with statistics.timed("cache"):
                 session.keep(paths, tree.size)
@@ -157,7 +162,13 @@ def decode(
     statistics.new_tokens = sum(row.new_tokens for row in rows)
     drafter.last_generation = statistics
     logger.debug("%s", statistics)
-    return gather_output(rows, generation_config, prompt_states, session.cache)
+    return gather_output(rows, generation_config, prompt_states, session.prompt_attentions, session.cache)
+
+
+def chain_shape(drafter: FalconDrafter, target: PreTrainedModel) -> TreeShape | None:
+    """For a target that can only verify a chain, the likeliest path of the drafter's tree; None for other targets."""
+    support = family(target)
+    return chain(tree_shape(drafter).depth) if support is not None and support.drafts == "chain" else None
 
 
 def check_row_ends(rows: int, stopping_criteria: StoppingCriteriaList, generation_config: GenerationConfig) -> None:
@@ -202,7 +213,7 @@ def _draft(rows: list[Emission], generators: list[FalconCandidateGenerator]) -> 
     )
 
 
-def _walk(tree: DraftTree, outputs: Any, rows: list[Emission]) -> list[list[int]]:
+def _walk(tree: DraftTree, outputs: Any, rows: list[Emission], session: TargetSession) -> list[list[int]]:
     """Emit tokens along each row's tree; returns the visited nodes, root first, none for a row that had ended."""
     if rows[0].is_plain_greedy:
         nodes, tokens, visited = follow_greedy(tree, outputs.logits)
@@ -220,6 +231,8 @@ def _walk(tree: DraftTree, outputs: Any, rows: list[Emission]) -> list[list[int]
         def choose(node: int, index: int = index, row: Emission = row) -> tuple[torch.Tensor, torch.Tensor]:
             token = row.choose(outputs.logits[index : index + 1, node])
             row.record_hidden_states(outputs.hidden_states, node)
+            if row.attentions is not None:
+                row.attentions.append(session.attentions(tree, outputs, index, node))
             return token[0], row.commit(token)
 
         path, row.ended = follow(tree, index, choose)

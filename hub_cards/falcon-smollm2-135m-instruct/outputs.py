@@ -1,7 +1,7 @@
 """What ``generate()`` gives back and streams, put together from the rows of a batch.
 
 Rows end at different times. Behind a row's end ``sequences`` has the padding token, as plain decoding leaves it, and
-the recorded scores, logits and hidden states have zeros: plain decoding records there what the target says of padding.
+what is recorded of it has zeros: plain decoding records there what the target says of padding.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _CACHE_FIELD = "cache" if "cache" in _FIELDS else "past_key_values"
 
 
 def gather_output(
-    rows: list[Emission], generation_config: GenerationConfig, prompt_states: Any, cache: Any
+    rows: list[Emission], generation_config: GenerationConfig, prompt_states: Any, prompt_attentions: Any, cache: Any
 ) -> torch.Tensor | GenerateDecoderOnlyOutput:
     """The return value of ``generate()``.
 
@@ -31,6 +31,7 @@ def gather_output(
         rows: the finished rows.
         generation_config: says what to return.
         prompt_states: the prefill's hidden states, one ``[B, P, H]`` a layer, the first entry of ``hidden_states``.
+        prompt_attentions: the prefill's attentions, the first entry of ``attentions``.
         cache: the target's cache.
 
     Returns:
@@ -40,12 +41,13 @@ def gather_output(
     sequences = torch.cat([_padded(row.ids, longest, generation_config) for row in rows])
     if not generation_config.return_dict_in_generate:
         return sequences
-    states = _by_step(rows, "hidden_states")
+    states, attentions = _by_step(rows, "hidden_states"), _by_step(rows, "attentions")
     return GenerateDecoderOnlyOutput(
         sequences=sequences,
         scores=_by_step(rows, "scores"),
         logits=_by_step(rows, "logits"),
         hidden_states=None if states is None else (prompt_states, *states),
+        attentions=None if attentions is None else (prompt_attentions, *attentions),
         **{_CACHE_FIELD: cache},
     )
 
@@ -65,15 +67,15 @@ def _by_step(rows: list[Emission], name: str) -> tuple[Any, ...] | None:
     if records[0] is None:
         return None
     steps = range(max(map(len, records)))
-    return tuple(_stack([_at(record, step) for record in records]) for step in steps)
+    return tuple(_stack([_at(records, row, step) for row in range(len(records))]) for step in steps)
 
 
-def _at(record: list[Any], step: int) -> Any:
-    """A row's record at a step; zeros of its last record's shape behind its end."""
-    if step < len(record):
-        return record[step]
-    last = record[-1]
-    return tuple(map(torch.zeros_like, last)) if isinstance(last, tuple) else torch.zeros_like(last)
+def _at(records: list[list[Any]], row: int, step: int) -> Any:
+    """A row's record at a step; behind its end zeros of the shape that the other rows' records have there."""
+    if step < len(records[row]):
+        return records[row][step]
+    other = next(record[step] for record in records if step < len(record))
+    return tuple(map(torch.zeros_like, other)) if isinstance(other, tuple) else torch.zeros_like(other)
 
 
 def _stack(entries: list[Any]) -> Any:

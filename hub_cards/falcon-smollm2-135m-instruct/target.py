@@ -1,56 +1,86 @@
 """What Falcon needs to know of a target, and what a target cannot do. Touches the target, never changes it.
 
-Masks, positions and cache of a running generation are in ``target_session.py``; those two files are the only ones
-that look inside a target.
+Masks, positions and cache of a running generation are in ``target_session.py``; the files ``target*.py`` and
+``returned_attentions.py`` are the only ones that look inside a target.
 """
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from .configuration_falcon_drafter import FalconDrafterConfig
+from .target_attention import check_attention
 
-# Decoder-only families whose attention takes a 4D mask and explicit positions, so that a tree's logits are those of
-# its paths. Each is run by tests/runtime/test_families.py; others are refused until they are.
-TREE_FAMILIES = frozenset(
-    [
-        "cohere",
-        "cohere2",
-        "deepseek_v3",
-        "falcon",
-        "gemma2",
-        "gemma3_text",
-        "glm4",
-        "glm4_moe",
-        "gpt2",
-        "gpt_bigcode",
-        "gpt_neox",
-        "gpt_oss",
-        "gptj",
-        "granite",
-        "llama",
-        "llama4_text",
-        "mistral",
-        "mixtral",
-        "olmo2",
-        "olmo3",
-        "opt",
-        "phi",
-        "phi3",
-        "qwen2",
-        "qwen2_moe",
-        "qwen3",
-        "qwen3_moe",
-        "smollm3",
-        "stablelm",
-        "starcoder2",
-    ]
-)
-TREE_ATTENTIONS = ("eager", "sdpa")
+
+@dataclass(frozen=True)
+class Support:
+    """What a family of targets can verify.
+
+    Attributes:
+        drafts: ``"tree"``; ``"chain"``, a single path, in an ordinary causal forward; or ``""``, nothing.
+        why: why not a tree, or nothing at all.
+        why_one_row: why not several rows at once, empty where they can be.
+    """
+
+    drafts: str
+    why: str = ""
+    why_one_row: str = ""
+
+
+_TREE = Support("tree")
+_ALIBI = "its ALiBi biases go by the order of the cached tokens, so that siblings would get different ones"
+
+_CONVOLUTION = "its convolutions run along the order of the tokens, through siblings too"
+
+# What each decoder-only family needs, by model_type (see [`family`]). "tree": its attention takes a 4D mask and
+# explicit positions, so that a tree's logits are those of its paths. Each entry is run by tests/runtime/
+# test_families.py, test_chains.py or test_conformance.py; families that are not here are refused until they are.
+FAMILIES: dict[str, Support] = {
+    "bloom": Support("chain", _ALIBI),
+    "cohere": _TREE,
+    "cohere2": _TREE,
+    "deepseek_v3": _TREE,
+    "falcon": _TREE,
+    "falcon (ALiBi)": Support("chain", _ALIBI),
+    "gemma2": _TREE,
+    "gemma3_text": _TREE,
+    "glm4": _TREE,
+    "glm4_moe": _TREE,
+    "gpt2": _TREE,
+    "gpt_bigcode": _TREE,
+    "gpt_neox": _TREE,
+    "gpt_oss": _TREE,
+    "gptj": _TREE,
+    "granite": _TREE,
+    "lfm2": Support("chain", _CONVOLUTION, "its convolutions count the slots that other rows' drafts leave empty"),
+    "llama": _TREE,
+    "llama4_text": _TREE,
+    "mamba": Support("", "it keeps a recurrent state that cannot be rolled back"),
+    "mistral": _TREE,
+    "mixtral": _TREE,
+    "mpt": Support("chain", _ALIBI, "its ALiBi biases count the slots that other rows' drafts leave empty"),
+    "olmo2": _TREE,
+    "olmo3": _TREE,
+    "opt": _TREE,
+    "phi": _TREE,
+    "phi3": _TREE,
+    "qwen2": _TREE,
+    "qwen2_moe": _TREE,
+    "qwen3": _TREE,
+    "qwen3_moe": _TREE,
+    "qwen3_next": Support("", "its linear attention keeps a recurrent state that cannot be rolled back"),
+    "smollm3": _TREE,
+    "stablelm": _TREE,
+    "starcoder2": _TREE,
+}
+TREE_FAMILIES = frozenset(name for name, support in FAMILIES.items() if support.drafts == "tree")
 TREE_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
 _FINGERPRINT_SAMPLES = 32
@@ -102,19 +132,21 @@ def check_target(target: PreTrainedModel, config: FalconDrafterConfig) -> None:
     name = type(target).__name__
     if target.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder; Falcon needs a decoder-only target (AutoModelForCausalLM).")
-    if getattr(target, "_is_stateful", False):
-        raise ValueError(
-            f"{name} keeps a recurrent state that cannot be rolled back; generate without assistant_model."
-        )
-    if text.model_type not in TREE_FAMILIES or getattr(text, "alibi", False):
+    support = family(target)
+    if support is None:
+        known = ", ".join(sorted(name for name, entry in FAMILIES.items() if entry.drafts))
         raise ValueError(
             f"Falcon has not been verified on the family {text.model_type!r}, so it will not draft for it; generate "
-            f"without assistant_model. Verified: {', '.join(sorted(TREE_FAMILIES))}."
+            f"without assistant_model. Verified: {known}."
         )
-    for layer_type in set(getattr(text, "layer_types", None) or ()) - TREE_LAYERS:
-        raise ValueError(
-            f"{name} has {layer_type!r} layers, whose state is sequential; generate without assistant_model."
-        )
+    if not support.drafts or getattr(target, "_is_stateful", False):
+        why = support.why or "it keeps a recurrent state that cannot be rolled back"
+        raise ValueError(f"Falcon cannot draft for {name}: {why}; generate without assistant_model.")
+    if support.drafts == "tree":
+        for layer_type in set(getattr(text, "layer_types", None) or ()) - TREE_LAYERS:
+            raise ValueError(
+                f"{name} has {layer_type!r} layers, whose state is sequential; generate without assistant_model."
+            )
     if config.vocab_size != text.vocab_size:
         raise ValueError(
             f"The drafter was made for a vocabulary of {config.vocab_size} tokens, {name} has {text.vocab_size}. "
@@ -125,12 +157,8 @@ def check_target(target: PreTrainedModel, config: FalconDrafterConfig) -> None:
             f"The drafter reads hidden states of width {config.hidden_size}, {name} has {text.hidden_size}. "
             f"Use a drafter trained for this target ({_trained_for(config)})."
         )
-    attention = target.config._attn_implementation
-    if attention not in TREE_ATTENTIONS:
-        raise ValueError(
-            f"Attention implementation {attention!r} takes no tree mask; call "
-            f"model.set_attn_implementation('sdpa') first (or 'eager')."
-        )
+    if support.drafts == "tree":
+        check_attention(target)
     prepare = getattr(target.prepare_inputs_for_generation, "__self__", target)
     if prepare is not target:
         raise ValueError(
@@ -138,6 +166,13 @@ def check_target(target: PreTrainedModel, config: FalconDrafterConfig) -> None:
             "or generate without assistant_model. LoRA adapters work."
         )
     _check_fingerprint(target, config)
+
+
+def family(target: PreTrainedModel) -> Support | None:
+    """The target's entry in [`FAMILIES`], None if it has none."""
+    text = target.config.get_text_config()
+    alibi = " (ALiBi)" if getattr(text, "alibi", False) else ""
+    return FAMILIES.get(text.model_type + alibi)
 
 
 def _trained_for(config: FalconDrafterConfig) -> str:
@@ -160,9 +195,45 @@ def _check_fingerprint(target: PreTrainedModel, config: FalconDrafterConfig) -> 
 def input_embeddings(target: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
     """``[B, S]`` tokens -> ``[B, S, H]``, through the target's module: some scale inside it (gemma)."""
     embedding: Any = target.get_input_embeddings()
-    return embedding(tokens.to(embedding.weight.device))
+    device = embedding.weight.device
+    # An offloaded module's weights are elsewhere until it is called, and it moves its inputs itself.
+    return embedding(tokens if device.type == "meta" else tokens.to(device))
 
 
 def head_weight(target: PreTrainedModel) -> torch.Tensor:
-    """The LM head's weight ``[V, H]``, as a plain tensor."""
-    return target.get_output_embeddings().weight.detach()
+    """The LM head's weight ``[V, H]``, as a plain tensor: loaded if offloaded, dequantised if quantised."""
+    head = target.get_output_embeddings()
+    with _loaded(head):
+        weight = head.weight.detach()
+    return weight.dequantize() if type(weight) is not torch.Tensor and hasattr(weight, "dequantize") else weight
+
+
+@contextlib.contextmanager
+def _loaded(module: Any) -> Iterator[None]:
+    """An offloaded module (accelerate) with its weights, as during its forward."""
+    hook = getattr(module, "_hf_hook", None) if module.weight.device.type == "meta" else None
+    if hook is None:
+        yield
+        return
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, None)
+
+
+def last_device(target: PreTrainedModel) -> torch.device | None:
+    """Where a target that is spread over devices (``device_map``) computes its last hidden states, else None.
+
+    None too where that is no device to put a drafter on: weights on disk, and the CPU they are loaded to.
+    """
+    places = getattr(target, "hf_device_map", None) or {}
+    if len(set(places.values())) < 2:
+        return None
+    place = list(places.values())[-1]  # modules in their order
+    if place in ("disk", "cpu"):
+        return None
+    if isinstance(place, int):  # of whatever accelerator there is
+        accelerator = torch.accelerator.current_accelerator()
+        return torch.device("cuda" if accelerator is None else accelerator.type, place)
+    return torch.device(place)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers.cache_utils import Cache, DynamicCache, StaticLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticLayer
 
 
 def fitting_cache(cache: Any, rows: int, slots: int) -> Any:
@@ -25,6 +25,11 @@ def fitting_cache(cache: Any, rows: int, slots: int) -> Any:
     replaceable = not getattr(cache, "_is_user_defined", False) and int(cache.get_seq_length()) == 0
     static = [layer for layer in cache.layers if isinstance(layer, StaticLayer)]
     if any(layer.is_sliding or layer.max_cache_len < slots for layer in static):
+        if not all(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
+            raise ValueError(
+                "A static cache with convolution states in it has no room for drafts: drop cache_implementation, or "
+                "generate without assistant_model."
+            )
         if replaceable:
             return Cache(layers=[StaticLayer(max_cache_len=slots) for _ in cache.layers])
         raise ValueError(

@@ -15,9 +15,14 @@ import inspect
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, StaticLayer
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
+from .returned_attentions import PlainRows
+from .target import family
+from .target_attention import mask_for
 from .target_cache import fitting_cache
 from .tree import DraftTree
 
@@ -49,6 +54,10 @@ def layer_kinds(config: Any) -> list[str]:
     return ["full_attention"] * layers
 
 
+def _returns_attentions(generation_config: Any) -> bool:
+    return bool(generation_config.return_dict_in_generate and generation_config.output_attentions)
+
+
 class TargetSession:
     """The target during one call of ``generate()``.
 
@@ -56,6 +65,7 @@ class TargetSession:
         cache: the target's key-value cache, as ``generate()`` prepared it.
         prompt_features: one ``[1, F, H]`` a row, last hidden states of its last F prompt tokens, set by [`prefill`];
             fewer than the prompt has where it was prefilled in chunks or partly cached before.
+        prompt_attentions: the prefill's attentions as plain decoding returns them, or None where not asked for.
     """
 
     def __init__(self, target: PreTrainedModel, rows: int, slots: int, model_kwargs: dict[str, Any]) -> None:
@@ -68,8 +78,8 @@ class TargetSession:
             model_kwargs: as ``generate()`` hands them to a decoding method.
 
         Raises:
-            ValueError: if there is no cache or none that fits, or a tensor among the keywords that verification could
-                not honour.
+            ValueError: if there is no cache or none that fits, a tensor among the keywords that verification could not
+                honour, or more rows than the family can have.
         """
         self.target = target
         self.rows = rows
@@ -80,7 +90,11 @@ class TargetSession:
             raise ValueError(
                 "Falcon needs a key-value cache; do not pass use_cache=False together with assistant_model."
             )
+        self._plain_rows = PlainRows(self.cache, self.config.num_hidden_layers)
         self.cache = fitting_cache(self.cache, rows, slots)
+        self._static = any(isinstance(layer, StaticLayer) for layer in self.cache.layers)
+        self._slots = slots
+        self._forward: Any = target
         self.model_kwargs = {**model_kwargs, self._cache_key: self.cache}
         self._extra = {name: value for name, value in model_kwargs.items() if name not in _OWN_KWARGS}
         for name, value in self._extra.items():
@@ -89,15 +103,28 @@ class TargetSession:
                     f"Falcon cannot carry the model input {name!r} through a tree; drop it or assistant_model."
                 )
         self._kinds = layer_kinds(self.config)
+        support = family(target)
+        self._causal = support is not None and support.drafts == "chain"
+        if rows > 1 and support is not None and support.why_one_row:
+            raise ValueError(
+                f"Falcon cannot draft for several rows of {type(target).__name__} at once: {support.why_one_row}; "
+                "generate the rows one by one, or without assistant_model."
+            )
 
     def prefill(self, input_ids: torch.Tensor, generation_config: Any) -> Any:
         """Run the prompt through the target, as ``generate()`` would; returns its outputs.
 
         Raises:
-            ValueError: if the cache cannot give up rejected drafts.
+            ValueError: if the cache cannot give up rejected drafts, or the target would return wrong attentions.
         """
+        self._room = self._slots - generation_config.max_length  # for a tree
+        if self._static:
+            self._compile(generation_config)
         self.cache.activate_past_recording()
         kwargs = {**self.model_kwargs, "output_hidden_states": self._wanted_states(generation_config)}
+        kwargs.pop("output_attentions", None)
+        if _returns_attentions(generation_config):
+            kwargs["output_attentions"] = True
         outputs = self.target._prefill(input_ids, generation_config, kwargs)
         if not self.cache.is_croppable:
             raise ValueError(
@@ -106,12 +133,27 @@ class TargetSession:
             )
         # Sliding layers held everything for a rollback that a prefill never needs.
         self.cache.crop(0)
+        wanted = _returns_attentions(generation_config)
+        if wanted and outputs.attentions and self.target.config._attn_implementation != "eager":
+            raise ValueError(
+                f"{type(self.target).__name__} computes the attentions it returns with a mask made for another "
+                "implementation: call model.set_attn_implementation('eager') first, or drop output_attentions."
+            )
+        self.prompt_attentions = self._plain_rows.prompt(outputs.attentions) if wanted else None
         features = outputs.hidden_states[-1]
         self._note_slots(features.device)
         # Padding has no features worth drafting from. One sync, once.
         self._filled: list[int] = self._valid.sum(-1).tolist()  # valid slots of each row
         self.prompt_features = [features[row : row + 1, -real:] for row, real in enumerate(self._filled)]
         return outputs
+
+    def _compile(self, generation_config: Any) -> None:
+        """Verify by a compiled forward where plain decoding would compile: static caches on a GPU, as a rule."""
+        # Installed on first use otherwise, under a lock, which breaks the graph. Once only, or states are kept twice.
+        if not any(getattr(module, "_output_capturing_hooks_installed", False) for module in self.target.modules()):
+            maybe_install_capturing_hooks(self.target)
+        if self.target._valid_auto_compile_criteria(self.model_kwargs, generation_config):
+            self._forward = self.target.get_compiled_call(generation_config.compile_config)
 
     def _note_slots(self, device: torch.device) -> None:
         """Which slots hold real tokens, and at which positions: ``[B, L]`` each, L cached slots."""
@@ -150,24 +192,74 @@ class TargetSession:
         Returns:
             The target's outputs: logits ``[B, N, V]``, ``hidden_states[-1]`` ``[B, N, H]``.
         """
+        nodes, tree = tree.size, self._fixed_size(tree)
         device = self.next_position.device
         self._make_room(tree.size)
         deepest = torch.tensor(budgets, device=device)[:, None] - 1
         positions = self.next_position + tree.depths.to(device).minimum(deepest.clamp_min(0))
-        outputs = self.target(
+        outputs = self._forward(
             input_ids=tree.tokens.to(device),
-            position_ids=positions,
-            attention_mask=self.masks(tree.ancestors.to(device), positions),
+            **self._places(tree.ancestors.to(device), positions),
             use_cache=True,
             output_hidden_states=self._wanted_states(generation_config),
             return_dict=True,
+            **({"output_attentions": True} if _returns_attentions(generation_config) else {}),
             **{self._cache_key: self.cache},
             **self._extra,
         )
-        self._node_positions = positions
+        if self._static:
+            self.cache.crop(nodes - tree.size)
+            # Copies, because a CUDA graph writes its outputs to the same place every time.
+            outputs.logits = outputs.logits[:, :nodes].clone()
+            outputs.hidden_states = tuple(
+                None if state is None else state[:, :nodes].clone() for state in outputs.hidden_states
+            )
         return outputs
 
-    def masks(self, ancestors: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
+    def _fixed_size(self, tree: DraftTree) -> DraftTree:
+        """With a static cache every tree gets the full size, by nodes that see themselves alone.
+
+        So a compiled target has one graph for all rounds, those near the end of the text too.
+        """
+        missing = self._room - tree.size if self._static else 0
+        if missing <= 0:
+            return tree
+        ancestors = F.pad(tree.ancestors, (0, missing, 0, missing))
+        ancestors |= torch.eye(self._room, dtype=torch.bool, device=ancestors.device)
+        tokens, parents, depths = (F.pad(x, (0, missing)) for x in (tree.tokens, tree.parents, tree.depths))
+        return DraftTree(tokens, parents, depths, ancestors)
+
+    def _places(self, ancestors: torch.Tensor, positions: torch.Tensor) -> dict[str, Any]:
+        """What tells the target where the nodes are: masks and positions, as for a tree in [`masks`].
+
+        A chain needs what plain decoding gives, a mask ``[B, L + N]`` of the slots, and positions where the target
+        takes any.
+        """
+        if not self._causal:
+            return {"position_ids": positions, "attention_mask": self.masks(ancestors, positions)}
+        mask = torch.cat((self._valid, torch.ones_like(positions, dtype=torch.bool)), dim=1).long()
+        if self._static:  # some build their biases from the mask, for all slots
+            mask = F.pad(mask, (0, int(self.cache.get_max_length()) - mask.shape[1]))
+        takes_positions = "position_ids" in inspect.signature(self.target.forward).parameters
+        return {"attention_mask": mask} | ({"position_ids": positions} if takes_positions else {})
+
+    def attentions(self, tree: DraftTree, outputs: Any, row: int, node: int) -> tuple[torch.Tensor, ...]:
+        """What the token chosen at ``node`` of ``row`` attended to, as plain decoding returns it: one tensor a layer.
+
+        To be asked before [`keep`]. One device sync.
+        """
+        text = self._valid[row].clone()
+        text[: self._prompt_slots] = True  # padding before the prompt has columns too, of zeros
+        path = tree.ancestors[row, node].to(text.device)
+        columns = torch.cat((text, path)).nonzero()[:, 0]
+        # Sliding layers hold the last slots only.
+        offsets = [self.length + tree.size - layer.shape[-1] for layer in outputs.attentions]
+        offsets = [0 if self._static else offset for offset in offsets]
+        return self._plain_rows.token(
+            outputs.attentions, row, node, [columns[columns >= offset] - offset for offset in offsets]
+        )
+
+    def masks(self, ancestors: torch.Tensor, positions: torch.Tensor) -> Any:
         """The 4D mask of a tree behind the cached slots, one a layer kind where the target wants a dict.
 
         Args:
@@ -175,9 +267,9 @@ class TargetSession:
             positions: ``[B, N]``, positions of the nodes.
 
         Returns:
-            ``[B, 1, N, width]``: bool, or additive in the target's dtype for eager attention, which adds it.
+            ``[B, 1, N, width]``, in the form that the target's attention takes (see [`mask_for`]).
         """
-        masks: dict[str, torch.Tensor] = {}
+        masks: dict[str, Any] = {}
         rows, nodes = positions.shape
         for kind in dict.fromkeys(self._kinds):
             width, offset = (int(size) for size in self.cache.get_mask_sizes(nodes, self._kinds.index(kind)))
@@ -190,12 +282,7 @@ class TargetSession:
                 keys[:, :held] = self._positions[:, offset:]
                 keys[:, held : held + nodes] = positions
                 visible &= self._in_reach(kind, keys[:, None], positions[:, :, None])
-            visible = visible[:, None]
-            if self.target.config._attn_implementation == "eager":
-                dtype = self.target.dtype
-                blocked = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-                visible = blocked.masked_fill(~visible, torch.finfo(dtype).min)
-            masks[kind] = visible
+            masks[kind] = mask_for(self.target, visible[:, None])
         return masks if getattr(self.config, "layer_types", None) is not None else masks[self._kinds[0]]
 
     def _in_reach(self, kind: str, keys: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
