@@ -198,10 +198,14 @@ def generate_with(
 @contextmanager
 def drafting(drafter: FalconDrafter, tree: TreeShape | Any) -> Iterator[None]:
     """Inside the block: the drafter has this tree, and fills it from its own laws alone, whatever its config said."""
-    own = drafter.config.tree, drafter.config.lookup, drafter.config.verifier
-    drafter.config.lookup, drafter.config.verifier = None, "follow"
-    drafter.config.tree = [list(path) for path in tree.paths] if isinstance(tree, TreeShape) else tree
+    fixed = {"tree": tree, "lookup": None, "verifier": "follow", "auto_off": False}
+    if isinstance(tree, TreeShape):
+        fixed["tree"] = [list(path) for path in tree.paths]
+    own = {name: getattr(drafter.config, name) for name in fixed}
     try:
+        for name, value in fixed.items():
+            setattr(drafter.config, name, value)
         yield
     finally:
-        drafter.config.tree, drafter.config.lookup, drafter.config.verifier = own
+        for name, value in own.items():
+            setattr(drafter.config, name, value)
