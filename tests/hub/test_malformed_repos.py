@@ -96,7 +96,7 @@ DAMAGED = {
     "unknown field": (set_config(block_sice=2), "no field 'block_sice'; did you mean 'block_size'"),
     "impossible value": (set_config(block_size=0), "block_size must be an integer of at least 1"),
     "wrong type": (set_config(hidden_size="wide"), "hidden_size"),
-    "tree no tree": (set_config(tree=[[0, 0]]), "tree must be None or a list of paths"),
+    "tree no tree": (set_config(tree=[[0, 0]]), "tree must be None"),
     "future format": (set_config(format_version=9, brand_new=1), "has format 9.*upgrade falcon_hf"),
     "no weights": (remove("model.safetensors"), "no weights.*fetch the repo again"),
     "pickle only": (
