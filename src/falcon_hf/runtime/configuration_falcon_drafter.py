@@ -176,7 +176,7 @@ class FalconDrafterConfig(PreTrainedConfig):
     def _check_types(self) -> None:
         """Raise ValueError for the first field of a wrong type; lists and dicts are looked into by [`_check_values`].
 
-        ``strict`` would do it, but sees no types where annotations are strings (``from __future__ import annotations``).
+        ``strict`` would do it, but sees no types where annotations are strings (as ``from __future__`` makes them).
         """
         for name, types in _scalar_fields().items():
             value = getattr(self, name)
