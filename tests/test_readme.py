@@ -12,7 +12,7 @@ from falcon_hf.bench.result_file import read_result
 
 ROOT = Path(__file__).parents[1]
 CARD = ROOT / "hub_cards" / "falcon-smollm2-135m-instruct"
-# In the order of the tables; `falcon-hf report` with these files and --update FILE writes them.
+# In the order of the tables; `falcon-hf report` with these files and --update FILE writes them (README: --brief).
 RESULTS = ("bfloat16-greedy", "float32-greedy", "float32-sampled", "float32-penalties")
 
 
@@ -24,11 +24,15 @@ def test_no_stored_result_is_left_out():
     assert set(results()) == set((CARD / "benchmarks").iterdir())
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", CARD / "README.md"], ids=["README", "card"])
-def test_tables_are_those_of_the_stored_results(path):
+@pytest.mark.parametrize(
+    ("path", "brief"),
+    [(ROOT / "README.md", True), (ROOT / "docs" / "results.md", False), (CARD / "README.md", False)],
+    ids=["README", "docs", "card"],
+)
+def test_tables_are_those_of_the_stored_results(path, brief):
     text = path.read_text(encoding="utf-8")
     shown = text[text.index(BEGIN) + len(BEGIN) : text.index(END)].strip()
-    assert shown == render([read_result(result) for result in results()]).strip()
+    assert shown == render([read_result(result) for result in results()], brief).strip()
 
 
 def test_results_are_complete_and_float32_is_identical():

@@ -14,6 +14,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .dynamic_tree import DynamicTree
+from .suffix_lookup import SuffixLookup
 from .tree_shape import TreeShape
 
 FUSIONS = ("lstm", "lstm_stateless", "linear")
@@ -90,14 +91,20 @@ class FalconDrafterConfig(PreTrainedConfig):
         feature_layers: None for the last hidden state alone; otherwise the numbers of the target's hidden states (0 the
             embeddings, L the last of L layers) whose states, side by side, become a feature through one matrix. The
             last must be L, because the drafter estimates that one.
+        block_mixing: whether a pair's query also starts from its block's newest pair (see ``block_mixing.py``). Not in
+            the paper; it lifts the accuracy of every block position but the last.
         draft_vocab_size: None to draft over all V tokens; otherwise only over that many, whose ids the checkpoint
             keeps (``FalconDrafter.draft_vocab_ids``). Never changes what is generated, only what is proposed.
         logit_scale, logit_softcap: the target's head scaling, logits = cap * tanh(scale * (h W^T) / cap).
         tree: paths of child ranks in Medusa/EAGLE notation; or a dynamic tree, ``{"kind": "dynamic", "nodes": 24}``
             and other fields of [`DynamicTree`]; or None for the paper's tree of this block size.
+        lookup: None, or fields of [`SuffixLookup`] (``{}`` for its defaults): what followed earlier occurrences of the
+            text's end becomes nodes too, where it beats the drafter's; needs a dynamic tree.
         verifier: ``"follow"``: the target's own draw walks the tree, so that a seed gives plain decoding's text.
             ``"rejection"``: siblings are drawn from the drafter's law and accepted or rejected, which keeps the law of
             sampled text, not the text of a seed; needs a static tree, and greedy decoding takes ``follow`` anyway.
+        auto_off: whether to decode plainly for a while where drafting is seen to lose time (see
+            ``speculation_switch.py``). Off by default, because what it does depends on the clock.
         target_name_or_path, target_model_type: the model this drafter was trained for.
         target_fingerprint: sampled embedding weights that tell one target from another (see ``target.fingerprint``).
         attention_bias, fusion_bias: biases of the query, key and value projections and of a linear fusion, which some
@@ -131,11 +138,14 @@ class FalconDrafterConfig(PreTrainedConfig):
     fusion_layers: int = 2
     embedding_scale: float = 1.0
     feature_layers: list[int] | None = None
+    block_mixing: bool = False
     draft_vocab_size: int | None = None
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     tree: list[list[int]] | dict[str, Any] | None = None
+    lookup: dict[str, Any] | None = None
     verifier: str = "follow"
+    auto_off: bool = False
     target_name_or_path: str | None = None
     target_model_type: str | None = None
     target_fingerprint: list[float] | None = None
@@ -176,7 +186,7 @@ class FalconDrafterConfig(PreTrainedConfig):
     def _check_types(self) -> None:
         """Raise ValueError for the first field of a wrong type; lists and dicts are looked into by [`_check_values`].
 
-        ``strict`` would do it, but sees no types where annotations are strings (``from __future__ import annotations``).
+        ``strict`` would do it, but sees no types where annotations are strings (as ``from __future__`` makes them).
         """
         for name, types in _scalar_fields().items():
             value = getattr(self, name)
@@ -229,6 +239,11 @@ class FalconDrafterConfig(PreTrainedConfig):
                     "tree must be None, a list of paths such as [[0], [1], [0, 0]], or a dynamic tree such as "
                     f"{{'kind': 'dynamic', 'nodes': 24}}: {error}"
                 ) from error
+
+        if self.lookup is not None:
+            if not isinstance(self.tree, dict):
+                raise ValueError("lookup needs a dynamic tree, such as tree={'kind': 'dynamic', 'nodes': 24}.")
+            SuffixLookup.from_config(self.lookup)
 
     @classmethod
     def from_target(

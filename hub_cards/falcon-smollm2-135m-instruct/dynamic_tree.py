@@ -61,7 +61,7 @@ class Calibration:
 
 def calibrated(log_probability: torch.Tensor, points: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
     """Logarithms of acceptance ``[B, W, k, b]``, at most 0, by one pass's tables ``[k, M]`` over ``[M]`` points."""
-    upper = torch.bucketize(log_probability, points).clamp(1, len(points) - 1)
+    upper = torch.bucketize(log_probability.contiguous(), points).clamp(1, len(points) - 1)
     low, high = points[upper - 1], points[upper]
     share = ((log_probability - low) / (high - low)).clamp(0, 1)
     tables = tables.expand(*log_probability.shape[:2], -1, -1)

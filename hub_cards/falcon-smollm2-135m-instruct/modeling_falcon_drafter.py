@@ -20,6 +20,7 @@ Embedding and LM head are the target's; they are arguments here, never modules, 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, rotate_half
 
+from .block_mixing import BlockMixing
 from .configuration_falcon_drafter import FalconDrafterConfig
 from .drafter_cache import DrafterCache
 from .repo_files import check_stamp, code_stamp, write_repo_files
@@ -37,6 +39,7 @@ from .repo_upload import UPLOAD_OPTIONS, upload_repo
 from .rollout import RolloutKeys, own_pairs, relaxed_causal_mask, rollout_mask
 from .routing import install
 from .statistics import GenerationStatistics
+from .tree import DraftTree
 
 FusionState = tuple[torch.Tensor, torch.Tensor]
 """LSTM state (h, c), each ``[layers, B, H]``; of zero layers for a fusion without state."""
@@ -110,10 +113,12 @@ class FalconAttention(nn.Module):
         layer: int,
         cache: DrafterCache | RolloutKeys | None,
         select: torch.Tensor | None = None,
+        start: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """``[B, S, H]`` -> ``[B, queries, H]`` for the last ``queries`` columns; mask ``[B, 1, queries, T]``.
 
-        With ``select`` ``[M]``, flat indices into ``[B * queries]``, only those: ``[M, H]``.
+        With ``select`` ``[M]``, flat indices into ``[B * queries]``, only those: ``[M, H]``. Queries come from
+        ``start`` ``[B, S, H]`` if it is given, keys and values always from ``hidden``.
         """
         batch, columns, _ = hidden.shape
         cos, sin = (table[:, None] for table in rotary)  # [B, 1, S, head_dim]
@@ -122,7 +127,7 @@ class FalconAttention(nn.Module):
             return projected.view(batch, -1, projected.shape[-1] // self.head_dim, self.head_dim).transpose(1, 2)
 
         first = columns - queries
-        query = heads(self.q_proj(hidden[:, first:]))
+        query = heads(self.q_proj((hidden if start is None else start)[:, first:]))
         query = query * cos[:, :, first:] + rotate_half(query) * sin[:, :, first:]
         keys, values = heads(self.k_proj(hidden)), heads(self.v_proj(hidden))
         keys = keys * cos + rotate_half(keys) * sin
@@ -146,11 +151,26 @@ class FalconDecoderLayer(nn.Module):
         self.mlp = LlamaMLP(config)
 
     def forward(
-        self, hidden: torch.Tensor, *, queries: int, select: torch.Tensor | None = None, **attention: Any
+        self,
+        hidden: torch.Tensor,
+        *,
+        queries: int,
+        select: torch.Tensor | None = None,
+        start: torch.Tensor | None = None,
+        **attention: Any,
     ) -> torch.Tensor:
-        """``[B, S, H]`` -> ``[B, queries, H]``, or ``[M, H]`` with ``select``; see [`FalconAttention.forward`]."""
-        attended = self.attention(self.input_norm(hidden), queries=queries, select=select, **attention)
-        hidden = hidden[:, hidden.shape[1] - queries :]
+        """``[B, S, H]`` -> ``[B, queries, H]``, or ``[M, H]`` with ``select``; see [`FalconAttention.forward`].
+
+        ``start`` ``[B, S, H]`` is what queries and residuals come from, ``hidden`` by default.
+        """
+        attended = self.attention(
+            self.input_norm(hidden),
+            queries=queries,
+            select=select,
+            start=None if start is None else self.input_norm(start),
+            **attention,
+        )
+        hidden = (hidden if start is None else start)[:, hidden.shape[1] - queries :]
         if select is not None:
             hidden = hidden.flatten(0, 1).index_select(0, select)
         hidden = hidden + attended
@@ -163,6 +183,7 @@ class FalconDrafter(PreTrainedModel):
     Attributes:
         draft_vocab_ids: buffer ``[draft_vocab_size]``, ascending ids of the reduced draft vocabulary, or None.
         last_generation: statistics of the last finished call of ``generate()`` with this drafter, None before it.
+        on_round: called after each round with its tree and the visited nodes of each row, root first; None for nothing.
     """
 
     config_class = FalconDrafterConfig
@@ -176,6 +197,7 @@ class FalconDrafter(PreTrainedModel):
 
     draft_vocab_ids: torch.Tensor | None
     last_generation: GenerationStatistics | None = None
+    on_round: Callable[[DraftTree, list[list[int]]], None] | None = None
 
     def __init__(self, config: FalconDrafterConfig) -> None:
         super().__init__(config)
@@ -189,6 +211,7 @@ class FalconDrafter(PreTrainedModel):
             self.register_buffer("feature_mean", torch.zeros(earlier))
             self.register_buffer("feature_scale", torch.ones(earlier))
         self.fusion = FalconFusion(config)
+        self.mixing = BlockMixing(config.block_size, config.hidden_size) if config.block_mixing else None
         self.layers = nn.ModuleList(FalconDecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.rotary = LlamaRotaryEmbedding(config)
         ids = None if config.draft_vocab_size is None else torch.arange(config.draft_vocab_size)
@@ -257,6 +280,8 @@ class FalconDrafter(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        if isinstance(module, BlockMixing):
+            module.reset(0.5 * self.config.hidden_size**-0.5)
         if isinstance(module, nn.LSTM):
             for name, parameter in module.named_parameters():
                 if name.startswith("weight"):
@@ -276,6 +301,7 @@ class FalconDrafter(PreTrainedModel):
         queries: int | None = None,
         cache: DrafterCache | RolloutKeys | None = None,
         select: torch.Tensor | None = None,
+        place: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run the decoder layers over fused pairs.
 
@@ -287,6 +313,7 @@ class FalconDrafter(PreTrainedModel):
             cache: written at its end; its length is left as it was, so advance it to keep the columns.
             select: ``[M]``, flat indices into ``[B * queries]``: the only outputs wanted (training: the others have
                 no loss). All by default.
+            place: ``[B, S]``, position of each column in its block; by default blocks end at the last column.
 
         Returns:
             ``[B, queries, H]``, the estimates f^; ``[M, H]`` with ``select``.
@@ -294,11 +321,13 @@ class FalconDrafter(PreTrainedModel):
         rotary = self.rotary(fused, positions)
         queries = fused.shape[1] if queries is None else queries
         last = len(self.layers) - 1
+        start = None if self.mixing is None else self.mixing(fused, place)
         for index, layer in enumerate(self.layers):
             # Only the last layer can leave columns out: the others' outputs are the next one's keys.
             wanted = queries if index == last else fused.shape[1]
             fused = layer(
                 fused,
+                start=start if index == 0 else None,
                 queries=wanted,
                 select=select if index == last else None,
                 rotary=rotary,
@@ -347,19 +376,20 @@ class FalconDrafter(PreTrainedModel):
             # A padded column sees itself, so that no softmax row is empty.
             mask = mask & (pair_mask[:, None, None] | torch.eye(columns, dtype=torch.bool, device=mask.device))
         positions = torch.arange(columns, device=features.device)[None].expand(features.shape[0], -1)
+        place = (positions + block_offset[:, None]) % self.config.block_size
         if rollout_embeddings is None:
-            return self.decode(fused, positions, mask, select=select)
+            return self.decode(fused, positions, mask, select=select, place=place)
         if self.fusion.is_recurrent:
             raise ValueError("A rollout needs a fusion without recurrence: 'linear' or 'lstm_stateless'.")
         rows = rollout_embeddings.shape[0]
         keys = RolloutKeys(len(self.layers))
-        outputs = [self.decode(fused, positions, mask, select=select, cache=keys)]
+        outputs = [self.decode(fused, positions, mask, select=select, cache=keys, place=place)]
         keys.keep_rows(rows)
         own = outputs[0]
         if select is not None:
             flat = own.new_zeros(fused.shape[0] * columns, own.shape[-1]).index_copy(0, select, own)
             own = flat.view(fused.shape[0], columns, -1)
-        own = own[:rows]
+        own, place = own[:rows], place[:rows]
         selects = rollout_selects or []
         for index, wanted in enumerate(selects):
             fused, _ = self.fusion(own_pairs(own, self.config.block_size).to(fused.dtype), rollout_embeddings)
@@ -371,9 +401,9 @@ class FalconDrafter(PreTrainedModel):
                 None if pair_mask is None else pair_mask[:rows],
             )
             if index == len(selects) - 1:  # nobody reads the other columns
-                outputs.append(self.decode(fused, positions[:rows], mask, select=wanted, cache=keys))
+                outputs.append(self.decode(fused, positions[:rows], mask, select=wanted, cache=keys, place=place))
                 break
-            own = self.decode(fused, positions[:rows], mask, cache=keys)
+            own = self.decode(fused, positions[:rows], mask, cache=keys, place=place)
             outputs.append(own.flatten(0, 1).index_select(0, wanted))
         return outputs
 

@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, StaticLayer
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .returned_attentions import PlainRows
 from .target import family
@@ -100,6 +101,8 @@ class TargetSession:
         self._plain_rows = PlainRows(self.cache, self.config.num_hidden_layers)
         self.cache = fitting_cache(self.cache, rows, slots)
         self._static = any(isinstance(layer, StaticLayer) for layer in self.cache.layers)
+        self._slots = slots
+        self._forward: Any = target
         self.model_kwargs = {**model_kwargs, self._cache_key: self.cache}
         self._extra = {name: value for name, value in model_kwargs.items() if name not in _OWN_KWARGS}
         for name, value in self._extra.items():
@@ -123,6 +126,9 @@ class TargetSession:
         Raises:
             ValueError: if the cache cannot give up rejected drafts, or the target would return wrong attentions.
         """
+        self._room = self._slots - generation_config.max_length  # for a tree
+        if self._static:
+            self._compile(generation_config)
         self.cache.activate_past_recording()
         kwargs = {**self.model_kwargs, "output_hidden_states": self._wanted_states(generation_config)}
         kwargs.pop("output_attentions", None)
@@ -149,6 +155,13 @@ class TargetSession:
         self._filled: list[int] = self._valid.sum(-1).tolist()  # valid slots of each row
         self.prompt_features = [features[row : row + 1, -real:] for row, real in enumerate(self._filled)]
         return outputs
+
+    def _compile(self, generation_config: Any) -> None:
+        """Verify by a compiled forward where plain decoding would compile: static caches on a GPU, as a rule."""
+        # Installed on first use otherwise, under a lock, which breaks the graph.
+        maybe_install_capturing_hooks(self.target)
+        if self.target._valid_auto_compile_criteria(self.model_kwargs, generation_config):
+            self._forward = self.target.get_compiled_call(generation_config.compile_config)
 
     def _note_slots(self, device: torch.device) -> None:
         """Which slots hold real tokens, and at which positions: ``[B, L]`` each, L cached slots."""
@@ -195,11 +208,12 @@ class TargetSession:
         Returns:
             The target's outputs: logits ``[B, N, V]``, ``hidden_states[-1]`` ``[B, N, H]``.
         """
+        nodes, tree = tree.size, self._fixed_size(tree)
         device = self.next_position.device
         self._make_room(tree.size)
         deepest = torch.tensor(budgets, device=device)[:, None] - 1
         positions = self.next_position + tree.depths.to(device).minimum(deepest.clamp_min(0))
-        outputs = self.target(
+        outputs = self._forward(
             input_ids=tree.tokens.to(device),
             **self._places(tree.ancestors.to(device), positions),
             use_cache=True,
@@ -209,7 +223,27 @@ class TargetSession:
             **{self._cache_key: self.cache},
             **self._extra,
         )
+        if self._static:
+            self.cache.crop(nodes - tree.size)
+            # Copies, because a CUDA graph writes its outputs to the same place every time.
+            outputs.logits = outputs.logits[:, :nodes].clone()
+            outputs.hidden_states = tuple(
+                None if state is None else state[:, :nodes].clone() for state in outputs.hidden_states
+            )
         return outputs
+
+    def _fixed_size(self, tree: DraftTree) -> DraftTree:
+        """With a static cache every tree gets the full size, by nodes that see themselves alone.
+
+        So a compiled target has one graph for all rounds, those near the end of the text too.
+        """
+        missing = self._room - tree.size if self._static else 0
+        if missing <= 0:
+            return tree
+        ancestors = F.pad(tree.ancestors, (0, missing, 0, missing))
+        ancestors |= torch.eye(self._room, dtype=torch.bool, device=ancestors.device)
+        tokens, parents, depths = (F.pad(x, (0, missing)) for x in (tree.tokens, tree.parents, tree.depths))
+        return DraftTree(tokens, parents, depths, ancestors)
 
     def _places(self, ancestors: torch.Tensor, positions: torch.Tensor) -> dict[str, Any]:
         """What tells the target where the nodes are: masks and positions, as for a tree in [`masks`].

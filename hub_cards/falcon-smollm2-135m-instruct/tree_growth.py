@@ -54,6 +54,7 @@ class Growth:
         self._parents: list[torch.Tensor] = []
         self._depths: list[tuple[int, int]] = []  # how many candidates of which depth
         self._count = 0
+        self._drafted: int | None = None  # how many of them are the drafter's, once a chain was joined
         self._block_gain: torch.Tensor | None = None
 
     def root(self) -> Boundary:
@@ -120,6 +121,30 @@ class Growth:
         tokens = paths.gather(1, best[:, :, None].expand(-1, -1, paths.shape[-1]))
         return Boundary(best_scores, nodes, best // by_block, tokens)
 
+    def join(self, tokens: torch.Tensor, scores: torch.Tensor) -> None:
+        """Join a chain of another source that hangs on the root; once, after the drafter's levels.
+
+        Where the chain runs along candidates there are already, they get the better of the two scores; where it leaves
+        them its own nodes branch off. So siblings still differ and a parent's score is still at least its child's.
+
+        Args:
+            tokens: ``[B, L]``, the chain's tokens.
+            scores: ``[B, L]``, the log chance of each of its nodes, falling; -inf where the chain has ended.
+        """
+        levels, first, self._drafted = len(self._scores), 0, self._count
+        parent = torch.full_like(tokens[:, :1], -1)  # where the chain is
+        for depth in range(tokens.shape[1]):
+            token, score, further = tokens[:, depth, None], scores[:, depth, None], torch.full_like(parent, self._count)
+            if depth < levels:  # block_levels added one entry a depth
+                hits = (self._parents[depth] == parent) & (self._tokens[depth] == token)
+                known, place = hits.any(1, keepdim=True), hits.int().argmax(1, keepdim=True)
+                raised = torch.where(known, score, -torch.inf)
+                self._scores[depth] = self._scores[depth].scatter_reduce(1, place, raised, "amax")
+                score, further = torch.where(known, -torch.inf, score), torch.where(known, first + place, further)
+                first += hits.shape[1]
+            self.add(score, token, parent, depth + 1)
+            parent = further
+
     def pays(self, boundary: Boundary, passes: int, pass_cost: float) -> bool:
         """Whether another pass over ``boundary`` would raise tokens per time. One device sync.
 
@@ -136,7 +161,8 @@ class Growth:
     def tree(self, root: torch.Tensor) -> DraftTree:
         """The N best candidates on root tokens ``[B, 1]``, fewer if there are fewer; node ids by falling scores."""
         scores = torch.cat(self._scores, dim=1)
-        kept = min(self._nodes, scores.shape[1])
+        # Not more than the drafter has, so that no node of a chain that has ended is ever needed.
+        kept = min(self._nodes, self._drafted or self._count)
         # Stable: of a parent and a child with the same score the parent comes first.
         scores, order = scores.sort(dim=1, descending=True, stable=True)
         scores, order = scores[:, :kept], order[:, :kept]

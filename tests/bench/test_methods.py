@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
@@ -13,9 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from falcon_hf import TreeShape
 from falcon_hf.bench import methods
 from falcon_hf.bench.errors import BenchError
-from falcon_hf.bench.methods import METHODS, MethodContext, build_method, parse_method, parse_methods
+from falcon_hf.bench.memory import reset_peak
+from falcon_hf.bench.methods import METHODS, MethodContext, build_method, parse_methods
+from falcon_hf.bench.methods.base import until_end
+from falcon_hf.bench.methods.plain_compiled import CompileError
 
 OPTIONS = {"do_sample": False, "max_new_tokens": 20}
 
@@ -38,22 +43,25 @@ def test_every_file_of_the_folder_is_a_method() -> None:
 
 
 def test_labels_are_parsed() -> None:
-    assert parse_methods(" plain, falcon:drafter=some/repo:tree=a.json,falcon") == [
-        "plain",
-        "falcon:drafter=some/repo:tree=a.json",
-        "falcon",
-    ]
-    assert parse_method("falcon:drafter=some/repo:tree=a.json")[1] == {"drafter": "some/repo", "tree": "a.json"}
+    specs = parse_methods(" plain, falcon:drafter=some/repo:tree=a.json,falcon, k1=falcon:verifier=follow")
+    assert [spec.label for spec in specs] == ["plain", "falcon:drafter=some/repo:tree=a.json", "falcon", "k1"]
+    assert specs[1].settings == {"drafter": "some/repo", "tree": "a.json"}
+    assert (specs[3].method.name, specs[3].settings) == ("falcon", {"verifier": "follow"})
 
 
 @pytest.mark.parametrize(
     ("specs", "fault"),
     [
         ("", "at least one method"),
-        ("plain,eagle", "Unknown method 'eagle'; known: falcon, plain, prompt_lookup"),
+        ("plain,eagle", "Unknown method 'eagle'; known: assistant, falcon, plain, plain_compiled, prompt_lookup"),
         ("plain,plain", "plain is given twice"),
         ("plain:tokens=3", "plain has no setting 'tokens=3'; it has: none"),
-        ("falcon:tree", "falcon has no setting 'tree'; it has: drafter=..., tree=..."),
+        ("falcon:tree", "falcon has no setting 'tree'; it has: drafter=..., tree=..., FIELD=..."),
+        ("falcon:block_size=3", "no setting 'block_size=3'"),
+        ("a=falcon,a=prompt_lookup", "a is given twice"),
+        ("a|b=falcon", "A label is letters"),
+        ("plain=falcon", "the label of the baseline"),
+        ("fast=plain", "the label of the baseline"),
     ],
 )
 def test_bad_labels(specs: str, fault: str) -> None:
@@ -65,8 +73,10 @@ def test_plain_is_one_token_a_forward(chat_target: Any, ids: torch.Tensor) -> No
     result = build_method("plain", MethodContext(chat_target)).generate(ids, OPTIONS)
     expected = chat_target.generate(ids, attention_mask=torch.ones_like(ids), **OPTIONS)
     assert result.tokens == expected[0, 12:].tolist()
-    assert result.statistics == {
+    (counts,) = result.statistics
+    assert counts == {
         "rounds": 19,
+        "row_rounds": 19,
         "accepted": 0,
         "new_tokens": 20,
         "tau": 0.0,
@@ -81,10 +91,11 @@ def test_falcon_reports_the_loops_own_statistics(chat_target: Any, drafter_path:
     method: Any = build_method("falcon", context)
     result = method.generate(ids, OPTIONS)
     assert result.tokens == build_method("plain", context).generate(ids, OPTIONS).tokens
-    assert result.statistics == method.drafter.last_generation.as_dict()
-    counts = result.statistics
+    (counts,) = result.statistics
+    assert counts == method.drafter.last_generation.as_dict()
+    assert result.accepted == [[1] * 9 + [0]]
     assert (counts["rounds"], counts["accepted"], counts["drafted"]) == (10, 9, 9 * 256)
-    assert result.statistics["verify_seconds"] > 0
+    assert counts["verify_seconds"] > 0
 
 
 def test_prompt_lookup_accepts_on_repetitive_text(tiny_target: Callable[..., Any]) -> None:
@@ -93,9 +104,10 @@ def test_prompt_lookup_accepts_on_repetitive_text(tiny_target: Callable[..., Any
     cycle = target.generate(start, attention_mask=torch.ones_like(start), do_sample=False, max_new_tokens=150)
     result = build_method("prompt_lookup:tokens=4", MethodContext(target)).generate(cycle, OPTIONS)
     assert result.tokens == build_method("plain", MethodContext(target)).generate(cycle, OPTIONS).tokens
-    counts = result.statistics
+    (counts,) = result.statistics
     assert counts["accepted"] > counts["rounds"]
-    assert counts["accepted"] + counts["rounds"] + 1 == counts["new_tokens"] == 20
+    assert counts["accepted"] + counts["rounds"] == counts["new_tokens"] == 20
+    assert counts["tau"] <= 4  # drafts a round
     assert counts["tau_with_bonus"] == pytest.approx(counts["tau"] + 1)
 
 
@@ -199,3 +211,163 @@ def test_drafter_with_an_impossible_config(chat_target: Any, drafter_copy: Path,
     path.write_text(json.dumps({**config, field: value}), encoding="utf-8")
     message = refused(chat_target, drafter_copy)
     assert "cannot be loaded" in message
+
+
+def test_named_trees(chat_target: Any, drafter_path: Path) -> None:
+    context = MethodContext(chat_target, str(drafter_path), tree=[[0]])
+    chained = build_method("falcon:tree=chain3", context).provenance()
+    assert chained["tree"] == [[0], [0, 0], [0, 0, 0]]
+    paper = build_method("falcon:tree=paper", context).provenance()
+    assert paper["tree"] == [list(path) for path in TreeShape.paper(2).paths]
+    with pytest.raises(BenchError, match="tree file chain0 cannot be used"):
+        build_method("falcon:tree=chain0", context)
+
+
+def test_dynamic_trees(chat_target: Any, drafter_path: Path, tmp_path: Path, ids: torch.Tensor) -> None:
+    context = MethodContext(chat_target, str(drafter_path))
+    method: Any = build_method("falcon:tree=dynamic5", context)
+    found = method.provenance()
+    assert (found["tree"]["kind"], found["tree_nodes"], found["tree_depth"]) == ("dynamic", 5, 4)
+    json.dumps(found)
+    assert method.generate(ids, OPTIONS).tokens == build_method("plain", context).generate(ids, OPTIONS).tokens
+    path = tmp_path / "tuned.json"
+    path.write_text(json.dumps({"tree": {"kind": "dynamic", "nodes": 7, "passes": 1}}), encoding="utf-8")
+    assert build_method(f"falcon:tree={path}", context).provenance()["tree_depth"] == 2
+    path.write_text('{"kind": "dynamic", "passes": 1}', encoding="utf-8")
+    with pytest.raises(BenchError, match="has kind 'dynamic' and nodes"):
+        build_method(f"falcon:tree={path}", context)
+
+
+def test_the_verifier_rejection_draws_otherwise(chat_target: Any, drafter_path: Path) -> None:
+    context = MethodContext(chat_target, str(drafter_path))
+    assert not build_method("falcon:verifier=rejection", context).draws_as_plain
+    assert build_method("falcon", context).draws_as_plain
+
+
+def test_fields_of_the_drafters_config(chat_target: Any, drafter_path: Path) -> None:
+    context = MethodContext(chat_target, str(drafter_path))
+    method: Any = build_method("falcon:logit_scale=0.5:verifier=follow", context)
+    assert method.drafter.config.logit_scale == 0.5
+    assert method.provenance()["config"] == {"logit_scale": 0.5, "verifier": "follow"}
+    assert "config" not in build_method("falcon", context).provenance()
+    with pytest.raises(BenchError, match="verifier must be one of"):
+        build_method("falcon:verifier=hope", context)
+    with pytest.raises(BenchError, match="logit_scale"):
+        build_method("falcon:logit_scale=much", context)
+
+
+def prompts(*lengths: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(1, 256, (1, length), generator=generator) for length in lengths]
+
+
+@pytest.mark.parametrize("spec", ["plain", "falcon"])
+def test_a_batchs_rows_are_those_of_single_calls(
+    tiny_target: Callable[..., Any], tiny_drafter: Callable[..., Any], tmp_path: Path, spec: str
+) -> None:
+    target = tiny_target(vocab_size=256, eos_token_id=list(range(200, 256)))  # rows end at different times
+    tiny_drafter(target, tree=[[rank] for rank in range(256)]).save_pretrained(tmp_path)
+    method = build_method(spec, MethodContext(target, str(tmp_path)))
+    together = method.generate(prompts(9, 3, 12, 5), OPTIONS)
+    alone = [method.generate(prompt, OPTIONS) for prompt in prompts(9, 3, 12, 5)]
+    assert together.rows == [result.tokens for result in alone]
+    assert len({len(row) for row in together.rows}) > 1
+    for one, single in zip(together.statistics, alone, strict=True):
+        for count in ("row_rounds", "accepted", "new_tokens", "tau", "tau_with_bonus", "alpha"):
+            assert one[count] == pytest.approx(single.statistics[0][count])
+    whole = sum(one["rounds"] for one in together.statistics)
+    assert whole == pytest.approx(max(single.statistics[0]["rounds"] for single in alone))
+    if spec == "falcon":
+        assert together.accepted == [single.accepted[0] for single in alone]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ends", "row"),
+    [([5, 9, 2, 0, 0], {2}, [5, 9, 2]), ([5, 9, 2, 2], {2}, [5, 9, 2]), ([5, 9, 4], {2}, [5, 9, 4]),
+     ([5, 0, 9, 0, 0], set(), [5, 0, 9])],
+)  # fmt: skip
+def test_until_end(tokens: list[int], ends: set[int], row: list[int]) -> None:
+    assert until_end(tokens, ends, 0) == row
+
+
+def test_peak_memory_is_of_the_call(chat_target: Any) -> None:
+    if not reset_peak(torch.device("cpu")):
+        assert build_method("plain", MethodContext(chat_target)).generate(prompts(4)[0], OPTIONS).peak_bytes is None
+        return
+
+    class Wasteful(METHODS["plain"]):  # type: ignore[misc]
+        def arguments(self) -> dict[str, Any]:
+            torch.ones(40 << 20, dtype=torch.float32).sum()  # 160 MiB, gone before the call
+            return {"prefix_allowed_tokens_fn": self.waste} if self.label == "during" else {}
+
+        def waste(self, row: int, ids: torch.Tensor) -> list[int]:
+            torch.ones(40 << 20, dtype=torch.float32).sum()
+            return list(range(256))
+
+    before, during = (
+        Wasteful(label, MethodContext(chat_target), {}).generate(prompts(4)[0], {**OPTIONS, "max_new_tokens": 2})
+        for label in ("before", "during")
+    )
+    assert during.peak_bytes - before.peak_bytes > 100 << 20
+
+
+@pytest.fixture
+def assistant_folder(tiny_target: Callable[..., Any], tmp_path: Path) -> Path:
+    """The target itself is the best assistant."""
+    tiny_target(vocab_size=256).save_pretrained(tmp_path / "assistant")
+    return tmp_path / "assistant"
+
+
+def test_assistant(chat_target: Any, assistant_folder: Path, ids: torch.Tensor) -> None:
+    context = MethodContext(chat_target)
+    method = build_method(f"sps=assistant:model={assistant_folder}:tokens=4", context)
+    result = method.generate(ids, OPTIONS)
+    assert result.tokens == build_method("plain", context).generate(ids, OPTIONS).tokens
+    (counts,) = result.statistics
+    assert (counts["rounds"], counts["accepted"]) == (4, 16)  # five tokens a round, the prefill's among them
+    found = method.provenance()
+    assert (found["tokens"], found["schedule"], found["parameters"]) == (4, "constant", chat_target.num_parameters())
+
+
+@pytest.mark.parametrize(
+    ("spec", "fault"),
+    [
+        ("assistant", "needs a smaller model"),
+        ("assistant:model=./absent", "cannot be loaded"),
+        ("assistant:model={}:tokens=0", "whole number of at least 1"),
+    ],
+)
+def test_assistant_refuses(chat_target: Any, assistant_folder: Path, spec: str, fault: str) -> None:
+    with pytest.raises(BenchError, match=fault):
+        build_method(spec.format(assistant_folder), MethodContext(chat_target))
+
+
+def test_assistant_of_another_vocabulary(tiny_target: Callable[..., Any], assistant_folder: Path) -> None:
+    with pytest.raises(BenchError, match="has 256 tokens and the target 24"):
+        build_method(f"assistant:model={assistant_folder}", MethodContext(tiny_target()))
+
+
+def test_plain_compiled_refuses_an_unknown_mode(chat_target: Any) -> None:
+    with pytest.raises(BenchError, match="mode must be one of default, "):
+        build_method("plain_compiled:mode=fast", MethodContext(chat_target))
+
+
+def test_plain_compiled_says_when_nothing_was_compiled(chat_target: Any, ids: torch.Tensor) -> None:
+    target = copy.deepcopy(chat_target)
+    target.generation_config.disable_compile = True
+    with pytest.raises(CompileError, match="does not compile this target"):
+        build_method("plain_compiled", MethodContext(target)).generate(ids, OPTIONS)
+
+
+@pytest.mark.slow
+def test_plain_compiled_is_plain_with_one_graph(chat_target: Any) -> None:
+    target = copy.deepcopy(chat_target)
+    method = build_method("plain_compiled", MethodContext(target))
+    method.prepare(60)
+    plain = build_method("plain", MethodContext(chat_target))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for prompt in prompts(12, 5, 30):
+        assert method.generate(prompt, OPTIONS).tokens == plain.generate(prompt, OPTIONS).tokens
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert (method.generate(prompts(12)[0], OPTIONS).statistics[0]["rounds"]) == 19

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from falcon_hf.bench.errors import BenchError
-from falcon_hf.bench.questions import Question, prompt_ids, read_questions
+from falcon_hf.bench.questions import Question, prompt_ids, read_question_file, read_questions
 
 from .tiny import byte_tokenizer
 
@@ -30,10 +31,13 @@ def test_reads_all_turns_and_skips_empty_lines(tmp_path: Path) -> None:
 
 
 def test_limit(question_file: Path) -> None:
-    assert [question.question_id for question in read_questions(question_file, 2)] == [81, 82]
+    whole = read_question_file(question_file)
+    assert whole.sha256 == hashlib.sha256(question_file.read_bytes()).hexdigest()
+    assert [question.question_id for question in whole.first(2).questions] == [81, 82]
+    assert whole.first(None) == whole
     for limit in (0, -1, 4):
         with pytest.raises(BenchError, match="ask for 1 to 3, not"):
-            read_questions(question_file, limit)
+            whole.first(limit)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +83,16 @@ def test_prompt_is_the_first_turn_in_the_chat_template(chat_tokenizer: Any) -> N
     ids = prompt_ids(chat_tokenizer, Question(1, "maths", ("2 + 2?", "And 3 + 3?")))
     assert ids.shape[0] == 1
     assert chat_tokenizer.decode(ids[0]) == "<user>2 + 2?\n<assistant>"
+
+
+def test_a_later_turn_stands_behind_the_answers(chat_tokenizer: Any) -> None:
+    ids = prompt_ids(chat_tokenizer, Question(1, "maths", ("2 + 2?", "And 3 + 3?")), ["4."])
+    assert chat_tokenizer.decode(ids[0]) == "<user>2 + 2?\n<assistant>4.\n<user>And 3 + 3?\n<assistant>"
+
+
+def test_the_hubs_mt_bench_calls_turns_prompt(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD.replace('"turns"', '"prompt"') + "\n")
+    assert read_questions(path) == [Question(1, "maths", ("2 + 2?", "And 3 + 3?"))]
 
 
 def test_no_chat_template() -> None:

@@ -164,3 +164,52 @@ def test_markers_must_be_one_pair(tmp_path: Path, text: str) -> None:
 def test_unreadable_readme(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match="cannot be updated: No such file"):
         update_file(tmp_path / "absent.md", "report")
+
+
+def test_tasks_are_a_table_of_their_own(result: dict[str, Any]) -> None:
+    assert "By task" not in render([result])
+    for run in result["runs"]:
+        run["category"] = "maths" if run["question_id"] == 81 else "code"
+    report = render([result])
+    name = "mt_bench, bfloat16, greedy"
+    assert row(report, name, "maths", "falcon")[0][3:] == ["1", "10.0", "2.00x", "1.00", "2.00", "44%", "1 of 1"]
+    assert row(report, name, "code", "falcon")[0][3:] == ["1", "8.0", "1.60x", "1.00", "2.00", "44%", "0 of 1"]
+    assert row(report, name, "code", "plain")[0][5] == "-"
+
+
+def test_acceptance_by_depth_and_memory(result: dict[str, Any]) -> None:
+    name = "mt_bench, bfloat16, greedy"
+    for run in result["runs"]:
+        run["peak_bytes"] = {"plain": 100, "falcon": 120, "prompt_lookup": 100}[run["method"]] << 20
+        if run["method"] == "falcon":
+            run["accepted"] = [2, 1, 0, 1]
+    result["summary"] = summarise(result["runs"], ["plain", "falcon", "prompt_lookup"])
+    report = render([result])
+    assert [name, "falcon", "75%", "25%"] in row(report, name, "falcon")
+    assert [name, "falcon", "120", "+20"] in row(report, name, "falcon")
+    assert [name, "plain", "100", "-"] in row(report, name, "plain")
+
+
+def test_a_method_that_did_not_run_has_a_row_and_a_reason(result: dict[str, Any]) -> None:
+    result["failed"] = {"plain_compiled": "no compiler"}
+    report = render([result])
+    assert row(report, "mt_bench, bfloat16, greedy", "plain_compiled")[0][2:] == ["did not run", *["-"] * 7]
+    assert "`plain_compiled` did not run: no compiler" in report
+
+
+def test_brief_is_speed_and_agreement(result: dict[str, Any]) -> None:
+    brief, full = render([result], brief=True), render([result])
+    name = "mt_bench, bfloat16, greedy"
+    assert len(row(brief, name, "falcon")) == 2
+    assert len(row(full, name, "falcon")) == 4
+    assert set(brief.splitlines()) <= set(full.splitlines())
+
+
+def test_turns_and_batches_are_named(result: dict[str, Any]) -> None:
+    result["settings"]["questions"]["turns"] = 2
+    result["settings"]["batch_size"] = 4
+    result["runs"][4]["turn"] = 1
+    report = render([result])
+    assert "up to 2 turns of 2 questions" in report
+    assert "batches of 4" in report
+    assert row(report, "mt_bench, bfloat16, greedy", "falcon", "82, turn 2")

@@ -16,7 +16,7 @@ import torch
 
 from falcon_hf.bench.errors import BenchError
 from falcon_hf.bench.methods import Method, MethodContext, MethodResult, build_method
-from falcon_hf.bench.questions import prompt_ids, read_questions
+from falcon_hf.bench.questions import QuestionSet, prompt_ids, read_question_file, read_questions
 from falcon_hf.bench.report import render
 from falcon_hf.bench.result_file import read_result
 from falcon_hf.bench.runs import RunPlan, run
@@ -33,12 +33,13 @@ class Recorder(Method):
 
     def __init__(self, inner: Method, calls: list[str], fault: Callable[[int], BaseException | None]) -> None:
         self.inner, self.label, self.target, self.calls, self.fault = inner, inner.label, inner.target, calls, fault
+        self.may_fail = inner.may_fail  # type: ignore[misc]
         self.provenance = inner.provenance  # type: ignore[method-assign]
 
     def arguments(self) -> dict[str, Any]:
         return self.inner.arguments()
 
-    def generate(self, ids: torch.Tensor, options: dict[str, Any]) -> MethodResult:
+    def generate(self, ids: Any, options: dict[str, Any]) -> MethodResult:
         error = self.fault(len(self.calls))
         if error is not None:
             raise error
@@ -54,7 +55,7 @@ class WrongAtFive(Method):
     def arguments(self) -> dict[str, Any]:
         return {}
 
-    def generate(self, ids: torch.Tensor, options: dict[str, Any]) -> MethodResult:
+    def generate(self, ids: Any, options: dict[str, Any]) -> MethodResult:
         result = super().generate(ids, options)
         result.tokens[5] = (result.tokens[5] + 1) % 256
         return result
@@ -73,7 +74,7 @@ def runner(chat_target: Any, chat_tokenizer: Any, drafter_path: Path, question_f
     ) -> dict[str, Any]:
         context = MethodContext(chat_target, str(drafter_path))
         built = [wrap(build_method(label, context)) for label in labels]
-        whole = RunPlan(read_questions(question_file), question_file, options, **plan)
+        whole = RunPlan(read_question_file(question_file), options, **{"turns": 1, **plan})
         return run(chat_target, chat_tokenizer, [*built, *extra], whole, tmp_path / "result.json", show_progress=False)
 
     return start
@@ -163,7 +164,7 @@ def test_a_forbidden_token_is_valid_json(runner: Runner, chat_target: Any, tmp_p
         def arguments(self) -> dict[str, Any]:
             return {"bad_words_ids": None}
 
-        def generate(self, ids: torch.Tensor, options: dict[str, Any]) -> MethodResult:
+        def generate(self, ids: Any, options: dict[str, Any]) -> MethodResult:
             result = super().generate(ids, options)
             result.tokens[0] = forbidden
             return result
@@ -261,7 +262,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 from falcon_hf.bench import result_file
 from falcon_hf.bench.methods import MethodContext, build_method
-from falcon_hf.bench.questions import read_questions
+from falcon_hf.bench.questions import read_question_file
 from falcon_hf.bench.runs import RunPlan, run
 from tests.bench.tiny import byte_tokenizer
 
@@ -272,7 +273,7 @@ def killed(source, target):  # the worst moment: the new file is written, but no
         os.kill(os.getpid(), signal.SIGKILL)
     replace(source, target)
 target = AutoModelForCausalLM.from_pretrained(target_folder).eval()
-plan = RunPlan(read_questions(questions), questions, {"max_new_tokens": 8})
+plan = RunPlan(read_question_file(questions), {"max_new_tokens": 8}, turns=1)
 methods = [build_method(label, MethodContext(target)) for label in ("plain", "prompt_lookup")]
 if "kill" in os.environ.get("FALCON_TEST", ""):
     run_write = result_file.ResultFile.add
@@ -310,6 +311,9 @@ def test_goes_on_after_a_kill(chat_target: Any, question_file: Path, tmp_path: P
         (GREEDY, {"seeds": ()}, "one or more"),
         (GREEDY, {"repeats": 0}, "repeats must be at least 1"),
         (GREEDY, {"warmup": -1}, "warmup at least 0"),
+        (GREEDY, {"batch_size": 0}, "batch size and the number of turns"),
+        (GREEDY, {"turns": 0}, "batch size and the number of turns"),
+        ({**GREEDY, "stop_strings": ["a"]}, {"batch_size": 2}, "use a batch size of 1"),
         ({"stopping_criteria": object()}, {}, "must be JSON values"),
         ({"temperature": float("nan"), "do_sample": True}, {}, "must be JSON values"),
         ({**GREEDY, "num_beams": 2}, {}, "falcon cannot run with these options: num_beams=2"),
@@ -326,9 +330,9 @@ def test_refused_before_any_question(
     assert not output.exists() or read_result(output)["runs"] == []
 
 
-def test_no_question(question_file: Path) -> None:
+def test_no_question() -> None:
     with pytest.raises(BenchError, match="at least one question"):
-        RunPlan([], question_file)
+        RunPlan(QuestionSet.of("none", []))
 
 
 def test_stop_strings(runner: Runner, chat_target: Any, chat_tokenizer: Any, question_file: Path) -> None:
@@ -339,3 +343,127 @@ def test_stop_strings(runner: Runner, chat_target: Any, chat_tokenizer: Any, que
     result = runner({"max_new_tokens": 40, "stop_strings": [stop]}, warmup=0)
     assert result["runs"][0]["new_tokens"] == text.index(stop) + 1
     assert result["summary"]["falcon"]["identical"] == 3
+
+
+def test_a_later_turn_stands_behind_plains_answer(
+    runner: Runner, chat_target: Any, chat_tokenizer: Any, question_file: Path
+) -> None:
+    """A method whose text is wrong is asked the second question behind plain's answer, as plain is."""
+    wrong = WrongAtFive("wrong", MethodContext(chat_target), {})
+    result = runner(GREEDY, extra=(wrong,), turns=None)
+    assert result["settings"]["questions"]["turns"] == 2
+    assert [(entry["turn"], entry["method"]) for entry in result["runs"][:6]] == [
+        (0, "plain"), (0, "falcon"), (0, "wrong"), (1, "falcon"), (1, "wrong"), (1, "plain"),
+    ]  # fmt: skip
+    assert len(result["runs"]) == 3 * 2 * 3
+    question = read_questions(question_file)[0]
+    plain = build_method("plain", MethodContext(chat_target))
+    first = plain.generate(prompt_ids(chat_tokenizer, question), {"do_sample": False, **GREEDY}).tokens
+    answer = chat_tokenizer.decode(first, skip_special_tokens=True).strip()
+    second = prompt_ids(chat_tokenizer, question, [answer])
+    assert {entry["prompt_tokens"] for entry in result["runs"][3:6]} == {second.shape[1]}
+    asked = plain.generate(second, {"do_sample": False, **GREEDY}).tokens
+    by_method = {entry["method"]: entry for entry in result["runs"][3:6]}
+    assert by_method["plain"]["text"] == chat_tokenizer.decode(asked, skip_special_tokens=True)
+    assert by_method["falcon"]["identical"]
+    assert by_method["wrong"]["first_difference"] == 5  # and not before: its prompt is plain's
+    assert result["summary"]["wrong"]["compared"] == 6
+    assert result["summary"]["falcon"]["identical"] == 6
+
+
+def test_texts_are_kept_where_they_differ(runner: Runner, chat_target: Any) -> None:
+    result = runner(GREEDY, extra=(WrongAtFive("wrong", MethodContext(chat_target), {}),))
+    assert {entry["method"] for entry in result["runs"] if "text" in entry} == {"plain", "wrong"}
+
+
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_batches(runner: Runner, options: dict[str, Any]) -> None:
+    together = runner(options, batch_size=2, turns=None)
+    assert [entry["batch"] for entry in together["runs"]] == [[81, 82]] * 8 + [[83]] * 4
+    assert together["settings"]["batch_size"] == 2
+    falcon = together["summary"]["falcon"]
+    assert (falcon["identical"], falcon["compared"]) == (6, 6)
+    assert falcon["speed_ratio"]["count"] == 2  # one a batch
+    assert falcon["tau_with_bonus"] == pytest.approx(falcon["tau"] + 1)
+    assert together["summary"]["plain"]["rounds"] == 11 * 4  # eleven forwards a call behind the prefill, four calls
+    assert together["summary"]["plain"]["tau_with_bonus"] == 1.0
+    assert falcon["tau_by_row"]["count"] == 6
+    assert "tau of a batch's rows" in render([together])
+    assert all(entry["peak_bytes"] is None or entry["peak_bytes"] > 0 for entry in together["runs"])
+
+
+class Uncompilable(Method):
+    name = "uncompilable"
+    may_fail = True
+
+    def arguments(self) -> dict[str, Any]:
+        raise RuntimeError("no compiler\nlong trace")
+
+
+def test_a_method_that_may_fail_is_kept_as_a_finding(runner: Runner, chat_target: Any) -> None:
+    failing = Uncompilable("fast", MethodContext(chat_target), {})
+    result = runner(GREEDY, extra=(failing,), warmup=0)
+    assert result["failed"] == {"fast": "no compiler"}
+    assert list(result["summary"]) == ["plain", "falcon"]
+    assert result["complete"]
+    assert "fast" in result["settings"]["methods"]
+
+
+def test_a_method_that_must_not_fail_ends_the_run(runner: Runner, chat_target: Any) -> None:
+    class Broken(Uncompilable):
+        may_fail = False
+
+    with pytest.raises(RuntimeError, match="no compiler"):
+        runner(GREEDY, extra=(Broken("broken", MethodContext(chat_target), {}),))
+
+
+def test_no_method_runs(runner: Runner, chat_target: Any) -> None:
+    with pytest.raises(BenchError, match="No method runs here: no compiler"):
+        runner(GREEDY, labels=(), extra=(Uncompilable("fast", MethodContext(chat_target), {}),))
+
+
+def test_methods_are_told_the_longest_text(runner: Runner, chat_target: Any) -> None:
+    class Measured(Method):
+        name = "measured"
+
+        def prepare(self, longest: int) -> None:
+            self.longest = longest
+
+        def arguments(self) -> dict[str, Any]:
+            return {}
+
+    measured = Measured("measured", MethodContext(chat_target), {})
+    result = runner(GREEDY, extra=(measured,), turns=None)
+    assert measured.longest >= max(entry["prompt_tokens"] + entry["new_tokens"] for entry in result["runs"])
+
+
+def test_sessions_say_what_was_typed_and_when(runner: Runner, tmp_path: Path) -> None:
+    part = interrupted(runner, tmp_path)
+    whole = runner(GREEDY)
+    assert len(part["sessions"]) == 1
+    assert len(whole["sessions"]) == 2
+    assert all(one["command"] and one["date"] for one in whole["sessions"])
+
+
+def test_a_damaged_result_is_named(runner: Runner, tmp_path: Path) -> None:
+    interrupted(runner, tmp_path)
+    path = tmp_path / "result.json"
+    text = path.read_text()
+    path.write_text(text[: len(text) // 2])
+    with pytest.raises(BenchError, match="or is damaged: it is not JSON"):
+        runner(GREEDY)
+    content = json.loads(text)
+    del content["runs"][2]["seconds"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(BenchError, match="entry 2 of its runs is not one"):
+        runner(GREEDY)
+
+
+def test_another_law_of_drawing_is_compared_in_greedy_runs_only(runner: Runner) -> None:
+    sampled = runner(SAMPLED, labels=("plain", "prompt_lookup", "falcon"))
+    assert sampled["summary"]["prompt_lookup"]["compared"] == 0
+    assert sampled["summary"]["falcon"]["compared"] == 3
+
+
+def test_another_law_of_drawing_is_compared_when_greedy(runner: Runner) -> None:
+    assert runner(GREEDY, labels=("plain", "prompt_lookup"))["summary"]["prompt_lookup"]["identical"] == 3

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from falcon_hf.bench.summary import PHASES, summarise
+from falcon_hf.bench.summary import PHASES, acceptance_by_position, summarise
 
 PHASED = {
     "rounds": 4, "drafted": 12, "accepted": 4, "new_tokens": 9, "prefill_seconds": 0.2, "draft_seconds": 0.2,
@@ -92,3 +92,33 @@ def test_no_breakdown_without_phases_or_rounds() -> None:
     assert summarise([entry("m", 1, 1.0, 10)], ["m"])["m"]["round"] is None
     no_round = {**PHASED, "rounds": 0}
     assert summarise([entry("m", 1, 1.0, 1, statistics=no_round)], ["m"])["m"]["round"] is None
+
+
+def test_acceptance_by_position_sums_to_tau() -> None:
+    entries = [entry("m", 1, 1.0, 9, accepted=[2, 0, 1]), entry("m", 2, 1.0, 9, accepted=[0])]
+    shares = acceptance_by_position(entries)
+    assert shares == [2 / 4, 1 / 4]
+    assert sum(shares) == pytest.approx((2 + 0 + 1 + 0) / 4)
+    assert acceptance_by_position([entry("m", 1, 1.0, 9)]) == []
+    assert acceptance_by_position([entry("m", 1, 1.0, 9, accepted=[0, 0])]) == []
+
+
+def test_a_batchs_questions_are_one_ratio_and_turns_are_summed() -> None:
+    shared = {"batch": [1, 2]}
+    entries = [
+        entry("plain", 1, 1.0, 10, **shared), entry("plain", 2, 1.0, 5, **shared),
+        entry("fast", 1, 0.5, 10, **shared), entry("fast", 2, 0.5, 5, **shared),
+        entry("plain", 3, 1.0, 10, turn=0), entry("plain", 3, 2.0, 10, turn=1),
+        entry("fast", 3, 1.0, 10, turn=0), entry("fast", 3, 1.0, 10, turn=1),
+    ]  # fmt: skip
+    ratio = summarise(entries, ["plain", "fast"])["fast"]["speed_ratio"]
+    assert (ratio["count"], ratio["max"], ratio["min"]) == (2, 2.0, 1.5)
+
+
+def test_rows_count_their_own_rounds() -> None:
+    """Of a batch with 6 rounds one row ended after 3: its tau is over 3, and the call's rounds are 6."""
+    rows = [{"rounds": 3.0, "row_rounds": own, "accepted": 3, "new_tokens": own + 4} for own in (6, 3)]
+    figures = summarise([entry("m", 1, 1.0, row["row_rounds"] + 4, statistics=row) for row in rows], ["m"])["m"]
+    assert figures["rounds"] == 6
+    assert figures["tau"] == pytest.approx(6 / 9)
+    assert figures["tau_with_bonus"] == pytest.approx((10 + 7 - 2) / 9)

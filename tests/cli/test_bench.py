@@ -184,4 +184,21 @@ def test_help_has_an_example(name: str) -> None:
     assert result.exit_code == 0
     assert f"Example: falcon-hf {name} " in " ".join(result.output.split())
     if name == "bench":
-        assert "multi-turn is not there yet" in " ".join(result.output.split())
+        assert "out-of-domain/law" in " ".join(result.output.split())
+
+
+def test_sets_turns_batches_and_pictures(command: Command, tmp_path: Path) -> None:
+    """Every new option at once: a named set, two methods of one kind, batches, plots, and a sheet without pairs."""
+    methods = "plain,falcon,wide=falcon:tree=paper"
+    result = command(questions="out-of-domain/law", methods=methods, batch_size=2, turns=1, num_questions=4)
+    assert result.exit_code == 0, result.output
+    content = json.loads(Path("result.json").read_text(encoding="utf-8"))
+    assert list(content["summary"]) == ["plain", "falcon", "wide"]
+    assert content["summary"]["wide"]["identical"] == 4
+    drawn = report("result.json", "--plots", "plots")
+    assert drawn.exit_code == 0, drawn.output
+    assert len(list(Path("plots").iterdir())) == 4
+    assert_one_line(report("result.json", "--sheet", "sheet.html"), "--sheet takes one result, and --questions")
+    nothing = report("result.json", "--sheet", "sheet.html", "--questions", "out-of-domain/law")
+    assert_one_line(nothing, "Every text is plain's")
+    assert not Path("sheet.html").exists()

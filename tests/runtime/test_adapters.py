@@ -36,6 +36,22 @@ def test_a_lora_target_is_generated_from_with_its_adapter(tiny_target, tiny_draf
         assert torch.equal(_greedy(adapted, assistant_model=drafter), _greedy(target))
 
 
+def test_an_adapter_switched_between_calls(tiny_target, tiny_drafter):
+    target, drafter = tiny_target(), tiny_drafter(tiny_target())
+    lora = LoraConfig(target_modules=["q_proj", "v_proj", "lm_head"], init_lora_weights=False)
+    torch.manual_seed(0)
+    adapted = get_peft_model(_copy(target), lora, adapter_name="one")
+    adapted.add_adapter("other", lora)
+    texts = []
+    for name in ("one", "other", "one"):
+        adapted.set_adapter(name)
+        adapted.eval()
+        texts.append(_greedy(adapted, assistant_model=drafter))
+        assert torch.equal(texts[-1], _greedy(adapted))
+    assert torch.equal(texts[0], texts[2])
+    assert not torch.equal(texts[0], texts[1])
+
+
 def test_a_lora_drafter_drafts(tiny_target, tiny_drafter):
     target, drafter = tiny_target(), tiny_drafter(tiny_target())
     torch.manual_seed(0)

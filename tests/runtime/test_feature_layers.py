@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from .helpers import assert_same_text, prompt_ids
+from .helpers import assert_same_text, bushy_tree, prompt_ids
 
 VOCAB = 24
 LAYERS = [1, 2]
@@ -16,7 +16,7 @@ LAYERS = [1, 2]
 @pytest.fixture
 def pair(tiny_target: Any, tiny_drafter: Any) -> tuple[Any, Any]:
     target = tiny_target(VOCAB)
-    return target, tiny_drafter(target, feature_layers=LAYERS, tree=[[0], [1], [0, 0], [0, 1], [0, 0, 0]])
+    return target, tiny_drafter(target, feature_layers=LAYERS, tree=bushy_tree(VOCAB, 3, 6))
 
 
 @pytest.mark.parametrize("options", [{"do_sample": False}, {"do_sample": True, "temperature": 0.9}])

@@ -110,18 +110,20 @@ def test_replacement_is_the_pair_one_block_ahead_of_both(block_size):
 
 
 def test_draws_are_a_rows_own():
-    """The same whatever rows share a process, and others in another step or under another seed."""
+    """The same whatever rows share a process and however they are padded; others in another step or under a seed."""
     device = torch.device("cpu")
     both = RowDraws(7, 3, range(0, 4), device)
     second = RowDraws(7, 3, range(2, 4), device)
     for shape in ((), (5, 2), (3,)):
-        assert torch.equal(both.uniform(*shape)[2:], second.uniform(*shape))
-    again = RowDraws(7, 3, range(0, 4), device).uniform(8)
+        assert torch.equal(both.uniform("noise", *shape)[2:], second.uniform("noise", *shape))
+    assert torch.equal(both.uniform("noise", 9, 4)[:, :5], both.uniform("noise", 5, 4))
+    again = RowDraws(7, 3, range(0, 4), device).uniform("noise", 8)
     assert again.unique().numel() == 32
-    assert not torch.equal(again, RowDraws(7, 4, range(0, 4), device).uniform(8))
-    assert not torch.equal(again, RowDraws(8, 3, range(0, 4), device).uniform(8))
+    assert not torch.equal(again, both.uniform("glance", 8))
+    assert not torch.equal(again, RowDraws(7, 4, range(0, 4), device).uniform("noise", 8))
+    assert not torch.equal(again, RowDraws(8, 3, range(0, 4), device).uniform("noise", 8))
     state = torch.get_rng_state()
-    both.uniform(3)
+    both.uniform("noise", 3)
     assert torch.equal(state, torch.get_rng_state())
 
 

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from falcon_hf.training.laws import compute_laws
 from falcon_hf.training.losses import DraftHead, feature_loss, vocabulary_loss
 
 
@@ -28,6 +29,23 @@ def definition(estimates, features, head, kl_weight, ce_weight):
     kl = F.kl_div(drafted.log_softmax(-1), wanted.log_softmax(-1), reduction="sum", log_target=True)
     ce = F.cross_entropy(drafted, wanted.argmax(-1), reduction="sum")
     return kl_weight * kl + ce_weight * ce, kl, ce, drafted.argmax(-1) == wanted.argmax(-1)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+@pytest.mark.parametrize("weights", [(0.9, 0.1), (0.3, 2.0)])
+def test_cached_laws_give_the_same(scale, weights):
+    head = head_of(scale)
+    estimates, features = features_of()
+    estimates.requires_grad_()
+    laws = compute_laws(features, head, 3)
+    results = []
+    for of in (features, laws, laws.take(torch.arange(7))):
+        loss, sums, agree = vocabulary_loss(estimates, of, head, *weights, 2)
+        results.append((loss, sums, agree, *torch.autograd.grad(loss, estimates)))
+    for other in results[1:]:
+        assert all(torch.allclose(a, b) for a, b in zip(results[0], other, strict=True))
+    with pytest.raises(ValueError, match="softcap"):
+        compute_laws(features, head_of(1.0, 2.0))
 
 
 @pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.25, None), (1.0, 2.0), (3.0, 1.5)])

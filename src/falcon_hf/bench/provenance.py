@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
+import os
 import platform
+import shlex
+import subprocess
+import sys
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +30,45 @@ def versions() -> dict[str, str]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """CPU model, threads torch uses, and the accelerator if the target is on one."""
+    """CPU, cores, threads torch uses, and the accelerator if the target is on one."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"cpu": cpu_model(), "threads": torch.get_num_threads(), "device": name}
+    return {
+        "cpu": cpu_model(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": name,
+        "system": platform.platform(),
+    }
+
+
+def session() -> dict[str, Any]:
+    """When, with which command and from which commit; a run that is cut off has several sessions."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": commit(),
+    }
+
+
+def commit() -> str | None:
+    """The commit of falcon_hf's source checkout, with ``+changes`` if files differ; None outside of one."""
+    root = Path(__file__).parents[3]
+    if not (root / ".git").exists():
+        return None
+    git = ["git", "-C", str(root)]
+    try:
+        found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
+        changes = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
 
 
 def cpu_model() -> str:
@@ -51,8 +91,3 @@ def describe_target(target: PreTrainedModel) -> dict[str, Any]:
         "attention": target.config._attn_implementation,
         "parameters": target.num_parameters(),
     }
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()

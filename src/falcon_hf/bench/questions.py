@@ -1,12 +1,14 @@
 """Question files in Spec-Bench format: one JSON object a line with ``question_id``, ``category`` and ``turns``.
 
-Only the first turn is asked for now.
+The Hub's MT-Bench calls ``turns`` ``prompt``; both are read. Named sets are in ``question_sets.py``.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,55 @@ class Question:
     turns: tuple[str, ...]
 
 
-def read_questions(path: Path | str, limit: int | None = None) -> list[Question]:
-    """Read the first ``limit`` questions of a jsonl file, all by default. Empty lines are skipped.
+@dataclass(frozen=True)
+class QuestionSet:
+    """Questions and what identifies them in a result.
+
+    Attributes:
+        name: a file's name, or a named set's.
+        questions: in order.
+        sha256: of the file's bytes, or of the questions where there is no one file.
+        size: questions of the whole set, of which ``questions`` may be the first.
+    """
+
+    name: str
+    questions: tuple[Question, ...]
+    sha256: str
+    size: int
+
+    @classmethod
+    def of(cls, name: str, questions: Sequence[Question], sha256: str | None = None) -> QuestionSet:
+        """The whole set of ``questions``."""
+        if sha256 is None:
+            sha256 = hashlib.sha256(json.dumps([asdict(one) for one in questions]).encode()).hexdigest()
+        return cls(name, tuple(questions), sha256, len(questions))
+
+    def first(self, limit: int | None) -> QuestionSet:
+        """The first ``limit`` questions; all for None.
+
+        Raises:
+            BenchError: if ``limit`` is below 1 or above the count.
+        """
+        if limit is None:
+            return self
+        if not 1 <= limit <= self.size:
+            raise BenchError(f"{self.name} has {self.size} questions; ask for 1 to {self.size}, not {limit}.")
+        return QuestionSet(self.name, self.questions[:limit], self.sha256, self.size)
+
+
+def read_question_file(path: Path | str) -> QuestionSet:
+    """A jsonl file as a set; see [`read_questions`]."""
+    path = Path(path)
+    questions = read_questions(path)
+    return QuestionSet.of(path.name, questions, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def read_questions(path: Path | str) -> list[Question]:
+    """Read the questions of a jsonl file. Empty lines are skipped.
 
     Raises:
         BenchError: if the file is missing, not text, or empty; on a line that is not a question (the message names
-            file, line and fault), a question_id that comes twice, or a limit that is below 1 or above the count.
+            file, line and fault), or a question_id that comes twice.
     """
     path = Path(path)
     try:
@@ -48,11 +93,7 @@ def read_questions(path: Path | str, limit: int | None = None) -> list[Question]
         questions.append(question)
     if not questions:
         raise BenchError(f"The question file {path} has no question.")
-    if limit is None:
-        return questions
-    if not 1 <= limit <= len(questions):
-        raise BenchError(f"{path} has {len(questions)} questions; ask for 1 to {len(questions)}, not {limit}.")
-    return questions[:limit]
+    return questions
 
 
 def _reason(error: OSError | UnicodeDecodeError) -> str:
@@ -67,6 +108,8 @@ def _parse(line: str, where: str) -> Question:
         raise BenchError(f"{where}: not JSON ({error.msg}, column {error.colno}).") from error
     if not isinstance(entry, dict):
         raise BenchError(f"{where}: a question is a JSON object, got {type(entry).__name__}.")
+    if "turns" not in entry and isinstance(entry.get("prompt"), list):
+        entry["turns"] = entry["prompt"]
     for field in ("question_id", "category", "turns"):
         if field not in entry:
             raise BenchError(f"{where}: the field {field!r} is missing.")
@@ -80,15 +123,23 @@ def _parse(line: str, where: str) -> Question:
     return Question(question_id, category, tuple(turns))
 
 
-def prompt_ids(tokenizer: Any, question: Question) -> torch.Tensor:
-    """Ids ``[1, P]`` of the first turn as a chat with the assistant to answer, by the tokenizer's chat template.
+def prompt_ids(tokenizer: Any, question: Question, answers: Sequence[str] = ()) -> torch.Tensor:
+    """Ids ``[1, P]`` of the turn behind ``answers`` as a chat to go on with, by the tokenizer's chat template.
+
+    Args:
+        tokenizer: the target's.
+        question: turns 0 to ``len(answers)`` are the user's words.
+        answers: the assistant's, one a turn before.
 
     Raises:
         BenchError: if the tokenizer has no chat template.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise BenchError("The target's tokenizer has no chat template; bench asks chat questions of chat models.")
-    chat = [{"role": "user", "content": question.turns[0]}]
+    chat = []
+    for turn, answer in zip(question.turns, answers, strict=False):
+        chat += [{"role": "user", "content": turn}, {"role": "assistant", "content": answer}]
+    chat.append({"role": "user", "content": question.turns[len(answers)]})
     encoded = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     ids: torch.Tensor = encoded["input_ids"]
     return ids

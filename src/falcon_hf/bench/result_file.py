@@ -1,7 +1,9 @@
 """A result's JSON file: written whole after each question, so that a killed run goes on where it was.
 
-``{"format": 1, "complete", "date", "finished", "settings", "summary", "runs"}``. ``settings`` is everything that must
-be equal for a run to go on (see ``provenance.py``); ``runs`` has one entry per question, seed, repeat and method.
+``{"format": 2, "complete", "date", "finished", "sessions", "settings", "failed", "summary", "runs"}``. ``settings`` is
+everything that must be equal for a run to go on (see ``provenance.py``); ``runs`` has one entry per question, turn,
+seed, repeat and method; ``failed`` says why a method of ``settings`` has none. Format 1, which had one turn and no
+batches, can be read, not gone on with.
 """
 
 from __future__ import annotations
@@ -16,7 +18,19 @@ from typing import Any
 from .errors import BenchError
 from .summary import summarise
 
-FORMAT = 1
+FORMAT = 2
+_READABLE = (1, 2)
+_RUN_FIELDS = {
+    "question_id",
+    "category",
+    "seed",
+    "repeat",
+    "method",
+    "seconds",
+    "new_tokens",
+    "identical",
+    "statistics",
+}
 _FIELDS = {"format", "complete", "date", "finished", "settings", "summary", "runs"}
 
 
@@ -28,7 +42,7 @@ class ResultFile:
         resumed: whether the file held questions already.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, path: Path, settings: dict[str, Any], session: dict[str, Any]) -> None:
         """Start a result, or go on with the one at ``path`` if its settings are the same.
 
         Raises:
@@ -42,7 +56,9 @@ class ResultFile:
             "complete": False,
             "date": _now(),
             "finished": None,
+            "sessions": [],
             "settings": settings,
+            "failed": {},
             "summary": {},
             "runs": [],
         }
@@ -54,6 +70,8 @@ class ResultFile:
                     f"{path} holds a run with other settings ({difference}); choose another --output, or delete it."
                 )
         self.resumed = bool(self.content["runs"])
+        if not self.content["complete"]:
+            self.content["sessions"].append(session)
 
     @property
     def done(self) -> set[tuple[int | str, int, int]]:
@@ -106,11 +124,17 @@ def read_result(path: Path | str) -> dict[str, Any]:
     except OSError as error:
         raise BenchError(f"The result file {path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
-        raise BenchError(f"{path} is not a result of falcon-hf bench: it is not JSON.") from error
+        raise BenchError(
+            f"{path} is not a result of falcon-hf bench, or is damaged: it is not JSON. "
+            "Choose another file, or delete it."
+        ) from error
     if not isinstance(content, dict) or not content.keys() >= _FIELDS:
         raise BenchError(f"{path} is not a result of falcon-hf bench.")
-    if content["format"] != FORMAT:
+    if content["format"] not in _READABLE:
         raise BenchError(f"{path} has result format {content['format']!r}; this version reads {FORMAT}: run it again.")
+    for number, entry in enumerate(content["runs"] if isinstance(content["runs"], list) else [None]):
+        if not isinstance(entry, dict) or not entry.keys() >= _RUN_FIELDS:
+            raise BenchError(f"{path} is damaged: entry {number} of its runs is not one. Delete it and run again.")
     return content
 
 

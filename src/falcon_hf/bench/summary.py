@@ -20,8 +20,8 @@ Entry = dict[str, Any]
 def summarise(entries: list[Entry], labels: list[str]) -> dict[str, dict[str, Any]]:
     """Figures of the methods ``labels``, in that order; those without an entry are left out.
 
-    Sums run over all seeds and repeats. ``speed_ratio`` is the spread, over questions, of tokens per second against
-    plain's; ``total_time_ratio`` is plain's whole time over the method's. Both are None without plain.
+    Sums run over all turns, seeds and repeats. ``speed_ratio`` is the spread, over questions, of tokens per second
+    against plain's; ``total_time_ratio`` is plain's whole time over the method's. Both are None without plain.
     """
     by_method = {label: [entry for entry in entries if entry["method"] == label] for label in labels}
     plain = by_method.get(BASELINE)
@@ -39,17 +39,21 @@ def _figures(entries: list[Entry], plain: list[Entry] | None) -> dict[str, Any]:
         "total_time_ratio": None if plain is None else _sum(plain, "seconds") / seconds,
         **_acceptance(entries),
         **_agreement(entries),
+        "peak_bytes": max((entry["peak_bytes"] for entry in entries if entry.get("peak_bytes")), default=None),
         "round": _round(entries),
     }
 
 
 def speed_ratios(entries: list[Entry], plain: list[Entry]) -> list[float]:
-    """One ratio a question: the method's tokens per second over plain's, seeds and repeats summed."""
+    """One ratio a question: the method's tokens per second over plain's; turns, seeds and repeats summed.
+
+    Questions of one batch share their time, so a batch gives one ratio.
+    """
 
     def speeds(given: list[Entry]) -> dict[int | str, float]:
         questions: dict[int | str, list[Entry]] = {}
         for entry in given:
-            questions.setdefault(entry["question_id"], []).append(entry)
+            questions.setdefault(entry.get("batch", [entry["question_id"]])[0], []).append(entry)
         return {key: _sum(own, "new_tokens") / _sum(own, "seconds") for key, own in questions.items()}
 
     baseline = speeds(plain)
@@ -65,22 +69,38 @@ def _total(entries: list[Entry], field: str) -> float:
 
 
 def _acceptance(entries: list[Entry]) -> dict[str, Any]:
-    rounds, accepted, tokens = (_total(entries, name) for name in ("rounds", "accepted", "new_tokens"))
+    """Acceptance, pooled over all rows; a row counts the rounds before its end (all of them at batch size 1)."""
+    accepted, tokens = (_total(entries, name) for name in ("accepted", "new_tokens"))
+    rounds = sum(entry["statistics"].get("row_rounds", entry["statistics"]["rounds"]) for entry in entries)
     return {
-        "rounds": int(rounds),
+        "rounds": round(_total(entries, "rounds")),
         "tau": accepted / rounds if rounds else 0.0,
-        # The first token of each call is the prefill's.
-        "tau_with_bonus": (tokens - len(entries)) / rounds if rounds else 0.0,
+        # Each round gives its accepted drafts and one token of the target's own.
+        "tau_with_bonus": accepted / rounds + 1 if rounds else 0.0,
         "alpha": accepted / tokens if tokens else 0.0,
+        "tau_by_row": asdict(spread([entry["statistics"]["tau"] for entry in entries if "tau" in entry["statistics"]]))
+        if any("tau" in entry["statistics"] for entry in entries)
+        else None,
     }
 
 
+def acceptance_by_position(entries: list[Entry]) -> list[float]:
+    """Share of rounds in which at least d drafts were accepted, for d = 1, 2, ...; their sum is tau.
+
+    Empty if no entry knows its rounds, or nothing was accepted.
+    """
+    lengths = [length for entry in entries for length in entry.get("accepted", ())]
+    return [
+        sum(length >= depth for length in lengths) / len(lengths) for depth in range(1, max(lengths, default=0) + 1)
+    ]
+
+
 def _agreement(entries: list[Entry]) -> dict[str, Any]:
-    """Texts compared with plain's, one a question and seed: identical if they were so in every repeat."""
-    texts: dict[tuple[Any, Any], bool] = {}
+    """Texts compared with plain's, one a question, turn and seed: identical if they were so in every repeat."""
+    texts: dict[tuple[Any, ...], bool] = {}
     for entry in entries:
         if entry["identical"] is not None:
-            key = (entry["question_id"], entry["seed"])
+            key = (entry["question_id"], entry.get("turn", 0), entry["seed"])
             texts[key] = texts.get(key, True) and entry["identical"]
     gaps = [abs(entry["gap"]) for entry in entries if entry["gap"] is not None]
     units = [entry["gap_units"] for entry in entries if entry["gap"] is not None]

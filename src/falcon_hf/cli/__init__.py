@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..version import __version__
-from . import bench, convert, demo, distill, generate, publish, report, train
+from . import bench, convert, demo, distill, generate, publish, report, train, tune
 
 # Plain help: rich's boxes leave the many options of a command no room.
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -16,10 +16,11 @@ for command in (
     generate.generate,
     distill.distill,
     train.train,
+    tune.tune,
     bench.bench,
     report.report,
-    convert.convert,
     publish.publish,
+    convert.convert,
 ):
     app.command()(command)
 

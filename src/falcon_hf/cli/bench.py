@@ -9,10 +9,11 @@ from typing import Annotated, Any
 import typer
 from rich.markdown import Markdown
 
+from ..bench.draft_trees import read_tree
 from ..bench.errors import BenchError
-from ..bench.methods import METHODS, MethodContext, build_method, parse_method, parse_methods
-from ..bench.methods.falcon import drafter_folder, read_tree
-from ..bench.questions import read_questions
+from ..bench.methods import METHODS, MethodContext, MethodSpec, build_method, parse_methods
+from ..bench.methods.falcon import drafter_folder
+from ..bench.question_sets import NAMES, find_questions
 from ..bench.report import render
 from ..bench.result_file import read_result
 from ..bench.runs import RunPlan, run
@@ -26,7 +27,13 @@ _METHOD_HELP = "; ".join(
 
 
 def bench(
-    questions: Annotated[Path, typer.Option(help="Question file in Spec-Bench format (jsonl). First turns only.")],
+    questions: Annotated[
+        str,
+        typer.Option(
+            help="Question file in Spec-Bench format (jsonl), a file of a Hub dataset (org/dataset:file.jsonl), or one "
+            f"of {', '.join(NAMES)}."
+        ),
+    ],
     output: Annotated[Path, typer.Option(help="Result file (JSON). If it holds part of this run, the run goes on.")],
     target: Annotated[str, typer.Option(help="Hub repo or folder of the target, or 'demo'.")] = DEMO,
     drafter: Annotated[
@@ -36,13 +43,19 @@ def bench(
         str | None, typer.Option(help="JSON file of paths, [[0], [1], [0, 0]], instead of the drafter's tree.")
     ] = None,
     methods: Annotated[
-        str, typer.Option(help=f"Comma-separated, each NAME or NAME:SETTING=VALUE:... Names: {_METHOD_HELP}.")
+        str,
+        typer.Option(
+            help="Comma-separated, each NAME or NAME:SETTING=VALUE:..., LABEL= before it names it in the result. "
+            f"Names: {_METHOD_HELP}."
+        ),
     ] = "plain,falcon",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     attention: Annotated[str | None, typer.Option(help="sdpa or eager; the target's own by default.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own by default.")] = None,
     num_questions: Annotated[int | None, typer.Option(help="The first so many; all by default.")] = None,
+    turns: Annotated[int | None, typer.Option(min=1, help="Turns of a question at most; all by default.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions a call.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens a question.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 for greedy.")] = 0.0,
     top_p: Annotated[float | None, typer.Option(help="Nucleus sampling.")] = None,
@@ -61,16 +74,15 @@ def bench(
 ) -> None:
     """Compare decoding methods with plain generate(), interleaved, question by question.
 
-    Asks the first turn of each question (multi-turn is not there yet), through the tokenizer's chat template. The
-    result file is written after each question; the same command goes on with a run that was cut off.
+    Asks through the tokenizer's chat template. A later turn stands behind plain's own answers, the same for all
+    methods. The result file is written after each question; the same command goes on with a run that was cut off.
 
     Example: falcon-hf bench --questions mt_bench.jsonl --output mt_bench.json --methods plain,falcon --threads 2
     """
     try:
-        labels = parse_methods(methods)
+        specs = parse_methods(methods)
         plan = RunPlan(
-            read_questions(questions, num_questions),
-            questions,
+            find_questions(questions).first(num_questions),
             _options(
                 option, temperature, max_new_tokens=max_new_tokens, top_p=top_p, top_k=top_k,
                 repetition_penalty=repetition_penalty, no_repeat_ngram_size=no_repeat_ngram_size,
@@ -78,19 +90,21 @@ def bench(
             _seeds(seeds),
             repeats,
             warmup,
+            turns,
+            batch_size,
         )  # fmt: skip
         paths = None if tree is None else read_tree(tree)
         if output.exists():
             read_result(output)  # a file that is something else is refused before the target is loaded
         parsed, where = parse_dtype(dtype), parse_device(device)
-        source = _drafter(drafter, target, labels)
+        source = _drafter(drafter, target, specs)
         set_threads(threads)
         with quiet():
             model, tokenizer = load_target(target, parsed, where)
             if attention is not None:
                 _set_attention(model, attention)
             context = MethodContext(model, source, paths)
-            built = [build_method(label, context) for label in labels]
+            built = [build_method(spec, context) for spec in specs]
             result = run(model, tokenizer, built, plan, output, show_progress=not as_json)
     except BenchError as error:
         fail(str(error))
@@ -106,10 +120,9 @@ def bench(
         typer.echo(render([result]), nl=False)  # drawn tables would be cut to a terminal's width
 
 
-def _drafter(given: str | None, target: str, labels: list[str]) -> str | None:
+def _drafter(given: str | None, target: str, specs: list[MethodSpec]) -> str | None:
     """The drafter for methods that name none themselves, known to be there; None if no method needs it."""
-    parsed = [parse_method(label) for label in labels]
-    if not any(method.needs_drafter and "drafter" not in settings for method, settings in parsed):
+    if not any(spec.method.needs_drafter and "drafter" not in spec.settings for spec in specs):
         return None
     if given is None and target == DEMO:
         given = find_demo_drafter()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
+from ..tuning.trace import GenerationTrace
 from .answer import Answer, answer, encode
-from .console import fail, parse_device, parse_dtype, print_json, quiet, stderr
+from .console import fail, parse_device, parse_dtype, print_json, quiet, stderr, stdout
 from .loading import load_drafter, load_target, require_repo
 
 
@@ -37,6 +39,9 @@ def generate(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; else the checkpoint's.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; else cuda where there is one.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run the code in the drafter's repo; not needed.")] = False,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Colour accepted, rejected and the target's own tokens, once all is there.")
+    ] = False,
     quiet_: Annotated[bool, typer.Option("--quiet", help="No statistics.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
 ) -> None:
@@ -48,6 +53,8 @@ def generate(
     """
     if drafter is None and not plain:
         fail("Give --drafter REPO_OR_PATH, or --plain to generate without one.")
+    if trace and (plain or as_json):
+        fail("--trace shows a drafter's rounds as text: drop --plain and --json.")
     sampling = _sampling(temperature, top_p=top_p, top_k=top_k, min_p=min_p)
     if repetition_penalty is not None:
         sampling["repetition_penalty"] = repetition_penalty
@@ -63,13 +70,17 @@ def generate(
         helper = None if source is None else load_drafter(source, model, trust_remote_code)
         if seed is not None:
             torch.manual_seed(seed)
-        write = None if as_json else _write
-        result = answer(model, tokenizer, inputs, helper, write, max_new_tokens=max_new_tokens, **sampling)
+        write = None if as_json or trace else _write
+        rounds = GenerationTrace(helper) if trace and helper is not None else None
+        with rounds or nullcontext():
+            result = answer(model, tokenizer, inputs, helper, write, max_new_tokens=max_new_tokens, **sampling)
     if as_json:
         settings = {"target": target, "drafter": None if plain else drafter, "seed": seed}
         settings |= {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
         print_json(_as_dict(result) | settings)
         return
+    if rounds is not None:
+        rounds.show(tokenizer, torch.tensor([result.ids]), console=stdout)
     _write("\n")
     if not quiet_:
         stderr.print(_summary(result), style="dim", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""``falcon-hf report``: Markdown tables from stored results, and a README kept equal to them."""
+"""``falcon-hf report``: tables, plots and rating sheets from stored results, and a README kept equal to them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
+from ..bench.blind_sheet import write_sheet
 from ..bench.errors import BenchError
+from ..bench.plots import write_plots
+from ..bench.question_sets import find_questions
 from ..bench.report import BEGIN, END, render, update_file
 from ..bench.result_file import read_result
 from .console import fail, print_json, stderr
@@ -21,26 +24,47 @@ def report(
     check: Annotated[
         bool, typer.Option("--check", help="Write nothing; exit with 1 if the --update file differs.")
     ] = False,
+    brief: Annotated[bool, typer.Option("--brief", help="Only the tables of speed and agreement.")] = False,
+    plots: Annotated[Path | None, typer.Option(help="Draw the results into this folder, as PNG files.")] = None,
+    sheet: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a blind side-by-side sheet (HTML) of the texts that differ from plain's, its key beside it; "
+            "of one result, with --questions."
+        ),
+    ] = None,
+    questions: Annotated[str | None, typer.Option(help="The result's question set, for --sheet; as in bench.")] = None,
+    sheet_seed: Annotated[int, typer.Option(help="Draws the sheet's order and sides.")] = 0,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print settings and summaries as JSON instead of Markdown.")
     ] = False,
 ) -> None:
-    """Turn results of falcon-hf bench into Markdown tables: speed, agreement, time of a round.
+    """Turn results of falcon-hf bench into Markdown tables: speed, agreement, time of a round; plots, rating sheets.
 
-    Example: falcon-hf report results/mt_bench.json results/gsm8k.json --update README.md
+    Example: falcon-hf report results/mt_bench.json results/gsm8k.json --update README.md --plots results/plots
     """
     try:
+        if sheet is not None and (questions is None or len(results) != 1):
+            raise BenchError("--sheet takes one result, and --questions with its question set.")
         contents = [read_result(path) for path in results]
-        text = render(contents)
+        text = render(contents, brief)
         if check and update is None:
             raise BenchError("--check compares with a file: add --update FILE.")
         differs = update is not None and update_file(update, text, check)
+        drawn = [] if plots is None else write_plots(contents, plots)
+        key = None
+        if sheet is not None and questions is not None:
+            key = write_sheet(contents[0], find_questions(questions), sheet, sheet_seed)
     except BenchError as error:
         fail(str(error))
     if as_json:
         print_json({"results": [{key: value for key, value in one.items() if key != "runs"} for one in contents]})
     elif update is None:
         typer.echo(text, nl=False)
+    for path in drawn:
+        stderr.print(f"{path} drawn.", soft_wrap=True)
+    if key is not None:
+        stderr.print(f"{sheet} written; its key is {key}.", soft_wrap=True)
     if check and differs:
         stderr.print(f"{update} differs from the results; run the same command without --check.", soft_wrap=True)
         raise typer.Exit(1)

@@ -56,6 +56,9 @@ def train(
     cache: Annotated[
         Path | None, typer.Option(help="Folder for cached features; one below ~/.cache/falcon_hf by default.")
     ] = None,
+    cached_laws: Annotated[
+        bool, typer.Option(help="With cached features: the target's laws too, a faster step for as much disk again.")
+    ] = True,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of epochs.")] = None,
     epochs: Annotated[float, typer.Option(help="Times the text is gone through.")] = 10.0,
     batch_size: Annotated[int, typer.Option(min=1, help="Dialogues a step and device.")] = 8,
@@ -67,7 +70,7 @@ def train(
     glance_lambda: Annotated[float, typer.Option(help="CSGD's lambda at the start; 0 turns glancing off.")] = 0.4,
     first_pass_share: Annotated[
         float, typer.Option(help="Share of the rows that CSGD's first pass measures; 1 is the paper's.")
-    ] = 0.25,
+    ] = 0.125,
     noise: Annotated[float, typer.Option(help="Uniform noise on input features.")] = 0.1,
     rollout_passes: Annotated[
         int, typer.Option(min=1, help="Passes in training; from the second on over the drafter's own features.")
@@ -146,6 +149,7 @@ def train(
             max_length=max_length,
             features=features,
             cache=cache,
+            cached_laws=cached_laws,
             block_size=block_size,
             fusion=fusion,
             draft_vocab_size=draft_vocab_size,
@@ -200,12 +204,12 @@ def _numbers(name: str, text: str) -> list[int]:
         fail(f"{name} is a comma-separated list of whole numbers, got {text!r}.")
 
 
-def _read_tree(path: Path) -> list[list[int]]:
+def _read_tree(path: Path) -> Any:
+    from ..bench.draft_trees import read_tree
     from ..bench.errors import BenchError
-    from ..bench.methods.falcon import read_tree
 
     try:
-        return [list(branch) for branch in read_tree(str(path))]
+        return read_tree(str(path))
     except BenchError as error:
         fail(str(error))
 

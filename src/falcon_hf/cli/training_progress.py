@@ -53,9 +53,8 @@ class TrainingProgress(TrainerCallback):
 
 def evaluation_lines(logs: dict[str, Any], prefix: str = "eval") -> list[str]:
     """An evaluation as lines: loss and acceptance length, then the accuracies of each pass."""
-    lines = [
-        f"held out: loss {logs[f'{prefix}_loss']:.4f}, {logs[f'{prefix}_tau_with_bonus']:.3f} tokens a round (simulated)"
-    ]
+    tau = logs[f"{prefix}_tau_with_bonus"]
+    lines = [f"held out: loss {logs[f'{prefix}_loss']:.4f}, {tau:.3f} tokens a round (simulated)"]
     number = 1
     while f"{prefix}_pass{number}_position1_top1" in logs:
         places, place = [], 1
@@ -74,17 +73,20 @@ def feature_bar(console: Console) -> Iterator[Callable[[int, int], None]]:
     columns = (TextColumn("features"), BarColumn(), TextColumn("{task.completed:,.0f} tokens"), TimeRemainingColumn())
     bar = Progress(*columns, console=console, transient=True)
     task: TaskID | None = None
+    stopped = False
 
     def update(done: int, whole: int) -> None:
-        nonlocal task
+        nonlocal task, stopped
         if task is None:
             bar.start()
             task = bar.add_task("features", total=whole)
         bar.update(task, completed=done)
         if done >= whole:
             bar.stop()
+            stopped = True
 
     try:
         yield update
     finally:
-        bar.stop()
+        if task is not None and not stopped:  # stopping one that never ran writes an empty line
+            bar.stop()

@@ -20,6 +20,7 @@ import torch
 from .drafter_context import DrafterContext
 from .dynamic_tree import DynamicTree, calibrated
 from .rejection import Proposals, SiblingDraws
+from .suffix_lookup import SuffixLookup
 from .target import head_weight
 from .tree import DraftTree
 from .tree_growth import Growth
@@ -63,6 +64,11 @@ class FalconCandidateGenerator:
         self._draws: SiblingDraws | None = None
         calibration = self.shape.calibration if isinstance(self.shape, DynamicTree) else None
         self._calibration = None if calibration is None else calibration.tensors(self.context.device)
+        self.lookup = drafter_lookup(drafter)
+        if self.lookup is not None and not isinstance(self.shape, DynamicTree):
+            if shape is None:
+                raise ValueError(LOOKUP_NEEDS_SCORES)
+            self.lookup = None  # a chain, for a target that verifies nothing else
         self._head = drafter.draft_head(head_weight(target)).to(drafter.device, drafter.dtype)
 
     def append(self, features: torch.Tensor, tokens: torch.Tensor, lengths: list[int] | None = None) -> None:
@@ -78,12 +84,14 @@ class FalconCandidateGenerator:
         check_drawn_tree(self.shape)
         self._draws = draws
 
-    def draft(self, root: torch.Tensor, max_depth: int) -> DraftTree:
+    def draft(self, root: torch.Tensor, max_depth: int, text: torch.Tensor | None = None) -> DraftTree:
         """Draft a tree a row on the last committed tokens.
 
         Args:
             root: ``[B, 1]`` the last committed tokens; their pairs must have been appended.
             max_depth: no node deeper than this; the root alone below 1.
+            text: ``[B, T]`` prompt and text up to the root, -1 before shorter rows: read only if the config turns
+                ``lookup`` on.
 
         Returns:
             The trees, on the root's device.
@@ -92,7 +100,7 @@ class FalconCandidateGenerator:
             return DraftTree.root_only(root)
         own = root.to(self.context.device)
         if isinstance(self.shape, DynamicTree):
-            tree = self._grow(own, self.shape, max_depth)
+            tree = self._grow(own, self.shape, max_depth, text)
         else:
             tree = self._fill(own, self._plan(self.shape, min(max_depth, self.shape.depth)))
         self.context.forget_tree()
@@ -118,7 +126,9 @@ class FalconCandidateGenerator:
             ancestors=plan.ancestors.expand(rows, -1, -1),
         )
 
-    def _grow(self, root: torch.Tensor, spec: DynamicTree, max_depth: int) -> DraftTree:
+    def _grow(
+        self, root: torch.Tensor, spec: DynamicTree, max_depth: int, text: torch.Tensor | None = None
+    ) -> DraftTree:
         """A dynamic tree: its shape and its tokens, pass by pass."""
         k, rows, device = self.block_size, root.shape[0], root.device
         growth = Growth(rows, spec.nodes, device)
@@ -147,6 +157,9 @@ class FalconCandidateGenerator:
             boundary = growth.next_boundary(*last_level, spec.width)
             if spec.pass_cost is not None and not growth.pays(boundary, index + 1, spec.pass_cost):
                 break
+        if self.lookup is not None and text is not None:
+            chain = self.lookup.propose(text.to(device))
+            growth.join(*(part[:, :max_depth] for part in chain))
         return growth.tree(root)
 
     def _log_chances(self, features: torch.Tensor, spec: DynamicTree, index: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -242,6 +255,22 @@ class _FilledShape:
                 positions[parent] = before + source
             before += max(each.row_nodes.shape[0], self._block_size)
         return tuple(positions), tuple(torch.tensor(nodes, dtype=torch.long, device=self._device) for nodes in children)
+
+
+LOOKUP_NEEDS_SCORES = (
+    "lookup joins its candidates into a dynamic tree by their scores: set the drafter config's tree to one, such as "
+    "{'kind': 'dynamic', 'nodes': 24}, or set lookup=None."
+)
+
+
+def drafter_lookup(drafter: FalconDrafter) -> SuffixLookup | None:
+    """The second source of candidates that a drafter's config asks for, if any.
+
+    Raises:
+        ValueError: as [`SuffixLookup.from_config`].
+    """
+    lookup = drafter.config.lookup
+    return None if lookup is None else SuffixLookup.from_config(lookup)
 
 
 def drafter_tree(drafter: FalconDrafter) -> TreeShape | DynamicTree:

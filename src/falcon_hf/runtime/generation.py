@@ -16,17 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode, MaxLengthCriteria
 
 from .candidate_generator import FalconCandidateGenerator, drafter_tree
+from .committed_pairs import CommittedPairs
 from .draws import Draws
 from .emission import Emission
 from .outputs import StreamedRows, gather_output
 from .rejection import SiblingDraws
+from .speculation_switch import SpeculationSwitch
 from .statistics import GenerationStatistics
-from .target import check_target, family
+from .target import check_target, family, last_device
 from .target_attention import under_tree_attention
 from .target_session import TargetSession
 from .tree import DraftTree
@@ -103,6 +104,7 @@ def decode(
 ) -> torch.Tensor | GenerateDecoderOnlyOutput:
     """Generate from ``input_ids`` ``[B, P]``; everything as ``generate()`` hands it to a decoding method.
 
+    If the target is spread over devices, the drafter moves to the last one, where its features are made.
     With ``synced_gpus`` (ZeRO-3, FSDP) every round is one target forward on every device, until all have finished.
     ``tokenizer`` has served in the stopping criteria, and ``inputs_tensor`` is for encoders.
 
@@ -114,6 +116,8 @@ def decode(
             different times without a padding token.
     """
     check_row_ends(input_ids.shape[0], stopping_criteria, generation_config)
+    if (device := last_device(target)) is not None:
+        drafter.to(device)
     statistics = GenerationStatistics(rows=input_ids.shape[0])
     with statistics.timed("total"):
         draws = Draws(input_ids.shape[0])
@@ -127,6 +131,8 @@ def decode(
         siblings = SiblingDraws(generation_config.temperature or 1.0, drafter.device) if draws_siblings else None
         if siblings is not None:
             generator.draw_siblings(siblings)
+        pairs = CommittedPairs(generator, rows)
+        switch = SpeculationSwitch(drafter.config.auto_off)
         slots = generation_config.max_length + generator.shape.size
         session = TargetSession(target, len(rows), slots, model_kwargs, drafter.config.feature_layers)
         with statistics.timed("prefill"):
@@ -136,24 +142,29 @@ def decode(
                 row.ended = bool(row.commit(row.choose(outputs.logits[index : index + 1, -1])))
             stream.flush()
         with statistics.timed("draft"):
-            _append_prompt(generator, session.prompt_features, rows)
+            pairs.add_prompt(session.prompt_features)
+        switch.start()
         prompt_states = outputs.hidden_states
         while target._has_unfinished_sequences(all(row.ended for row in rows), synced_gpus, device=input_ids.device):
             if all(row.ended for row in rows):
                 session.idle(rows[0].ids[:, -1:], generation_config)
                 continue
             with statistics.timed("draft"):
-                tree = _draft(rows, generator)
+                tree = _draft(rows, generator, switch.drafts)
             with statistics.timed("verify"):
                 outputs = session.verify(tree, [row.budget for row in rows], generation_config)
             with statistics.timed("walk"):
                 paths = _walk(tree, outputs, rows, session, siblings)
                 stream.flush()
+            statistics.count(paths, tree.size, drafted=switch.drafts)
+            walked = [len(path) for path in paths if path]
+            switch.record(sum(walked) / len(walked))
             with statistics.timed("cache"):
                 session.keep(paths, tree.size)
             with statistics.timed("draft"):
-                _append_paths(generator, session.features(outputs), paths, rows)
-            statistics.count(paths, tree.size)
+                pairs.add_round(session.features(outputs), paths, hold=not switch.drafts)
+            if drafter.on_round is not None:
+                drafter.on_round(tree, paths)
         stream.end()
         draws.finish()
         if len(rows) > 1:
@@ -191,41 +202,21 @@ def check_row_ends(rows: int, stopping_criteria: StoppingCriteriaList, generatio
         )
 
 
-def _append_prompt(generator: FalconCandidateGenerator, features: list[torch.Tensor], rows: list[Emission]) -> None:
-    """Tell the drafter of the prompts: one ``[1, F, H]`` features a row, and the tokens one ahead."""
-    lengths = [min(states.shape[1], row.ids.shape[1]) for states, row in zip(features, rows, strict=True)]
-    known = zip(features, rows, lengths, strict=True)
-    pairs = [(states[0, -length:], row.ids[0, -length:]) for states, row, length in known]
-    states, tokens = (pad_sequence(list(part), batch_first=True) for part in zip(*pairs, strict=True))
-    generator.append(states, tokens, lengths)
-
-
-def _append_paths(
-    generator: FalconCandidateGenerator, features: torch.Tensor, paths: list[list[int]], rows: list[Emission]
-) -> None:
-    """Tell the drafter of a round: ``[B, N, H]`` features of the verified nodes, and each row's visited ones."""
-    if all(row.ended for row in rows):
-        return
-    if len(rows) == 1:
-        generator.append(features[:, paths[0]], rows[0].ids[:, -len(paths[0]) :])
-        return
-    lengths = [0 if row.ended else len(path) for path, row in zip(paths, rows, strict=True)]
-    longest = max(lengths)
-    nodes = [path[:length] + [0] * (longest - length) for path, length in zip(paths, lengths, strict=True)]
-    index = torch.tensor(nodes, device=features.device)[:, :, None].expand(-1, -1, features.shape[-1])
-    tokens = [
-        F.pad(row.ids[0, row.ids.shape[1] - length :], (0, longest - length))
-        for row, length in zip(rows, lengths, strict=True)
-    ]
-    generator.append(features.gather(1, index), torch.stack(tokens), lengths)
-
-
-def _draft(rows: list[Emission], generator: FalconCandidateGenerator) -> DraftTree:
-    """One tree a row, all of one size; those of rows that have ended are not looked at."""
+def _draft(rows: list[Emission], generator: FalconCandidateGenerator, drafts: bool) -> DraftTree:
+    """One tree a row, all of one size, the root alone if not drafting; those of ended rows are not looked at."""
     # The walk emits one token more than it accepts, so nodes from depth ``budget`` on could not be emitted.
     deepest = max(row.budget for row in rows if not row.ended) - 1
     last = [row.ids[:, -1:] for row in rows]
-    return generator.draft(last[0] if len(rows) == 1 else torch.cat(last), deepest)
+    root = last[0] if len(rows) == 1 else torch.cat(last)
+    if not drafts:
+        return DraftTree.root_only(root)
+    return generator.draft(root, deepest, None if generator.lookup is None else _texts(rows))
+
+
+def _texts(rows: list[Emission]) -> torch.Tensor:
+    """Prompts and texts so far ``[B, T]``, shorter rows at the right end with -1 before them."""
+    longest = max(row.ids.shape[1] for row in rows)
+    return torch.cat([F.pad(row.ids, (longest - row.ids.shape[1], 0), value=-1) for row in rows])
 
 
 def _walk(

@@ -1,12 +1,14 @@
 """What Falcon needs to know of a target, and what a target cannot do. Touches the target, never changes it.
 
-Masks, positions and cache of a running generation are in ``target_session.py``; those two files are the only ones
-that look inside a target.
+Masks, positions and cache of a running generation are in ``target_session.py``; the files ``target*.py`` and
+``returned_attentions.py`` are the only ones that look inside a target.
 """
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -196,9 +198,45 @@ def _check_fingerprint(target: PreTrainedModel, config: FalconDrafterConfig) -> 
 def input_embeddings(target: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
     """``[B, S]`` tokens -> ``[B, S, H]``, through the target's module: some scale inside it (gemma)."""
     embedding: Any = target.get_input_embeddings()
-    return embedding(tokens.to(embedding.weight.device))
+    device = embedding.weight.device
+    # An offloaded module's weights are elsewhere until it is called, and it moves its inputs itself.
+    return embedding(tokens if device.type == "meta" else tokens.to(device))
 
 
 def head_weight(target: PreTrainedModel) -> torch.Tensor:
-    """The LM head's weight ``[V, H]``, as a plain tensor."""
-    return target.get_output_embeddings().weight.detach()
+    """The LM head's weight ``[V, H]``, as a plain tensor: loaded if offloaded, dequantised if quantised."""
+    head = target.get_output_embeddings()
+    with _loaded(head):
+        weight = head.weight.detach()
+    return weight.dequantize() if type(weight) is not torch.Tensor and hasattr(weight, "dequantize") else weight
+
+
+@contextlib.contextmanager
+def _loaded(module: Any) -> Iterator[None]:
+    """An offloaded module (accelerate) with its weights, as during its forward."""
+    hook = getattr(module, "_hf_hook", None) if module.weight.device.type == "meta" else None
+    if hook is None:
+        yield
+        return
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, None)
+
+
+def last_device(target: PreTrainedModel) -> torch.device | None:
+    """Where a target that is spread over devices (``device_map``) computes its last hidden states, else None.
+
+    None too where that is no device to put a drafter on: weights on disk, and the CPU they are loaded to.
+    """
+    places = getattr(target, "hf_device_map", None) or {}
+    if len(set(places.values())) < 2:
+        return None
+    place = list(places.values())[-1]  # modules in their order
+    if place in ("disk", "cpu"):
+        return None
+    if isinstance(place, int):  # of whatever accelerator there is
+        accelerator = torch.accelerator.current_accelerator()
+        return torch.device("cuda" if accelerator is None else accelerator.type, place)
+    return torch.device(place)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,17 +15,12 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, Sampler
 
 from .dataset import TrainingData
+from .features import FeatureCache
+from .laws import LawCache, TargetLaws
 from .row_draws import mix
 
 # Batches whose rows are sorted by length together: enough for little padding, few enough to stay random.
 _SORTED_TOGETHER = 16
-
-
-class Features(Protocol):
-    """Features of dialogues by number: a cache, or those that came with the text."""
-
-    def rows(self, dialogue: int) -> torch.Tensor:
-        """``[n, W]``, the features of a dialogue's n tokens."""
 
 
 class DialogueDataset(Dataset[dict[str, Any]]):
@@ -35,11 +30,19 @@ class DialogueDataset(Dataset[dict[str, Any]]):
         data: the dialogues.
         features: their cache, or None to compute features on the fly.
         first: the cache's number of the first dialogue.
+        laws: the cache of the target's laws, if there is one.
     """
 
-    def __init__(self, data: TrainingData, features: Features | None = None, first: int = 0) -> None:
+    def __init__(
+        self,
+        data: TrainingData,
+        features: FeatureCache | None = None,
+        first: int = 0,
+        laws: LawCache | None = None,
+    ) -> None:
         self.data = data
         self.features = features
+        self.laws = laws
         self._first = first
 
     def __len__(self) -> int:
@@ -50,11 +53,13 @@ class DialogueDataset(Dataset[dict[str, Any]]):
         item: dict[str, Any] = {"input_ids": self.data.tokens[part], "loss_mask": self.data.loss_mask[part]}
         if self.features is not None:
             item["features"] = self.features.rows(self._first + int(index))
+        if self.laws is not None:
+            item |= self.laws.rows(self._first + int(index))
         return item
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Items of [`DialogueDataset`] -> ``input_ids`` and ``loss_mask`` ``[B, L]``, ``lengths`` ``[B]``, ``features``."""
+    """Items of [`DialogueDataset`] -> ``input_ids``, ``loss_mask`` ``[B, L]``, ``lengths`` ``[B]``, tensors padded."""
     lengths = torch.tensor([len(item["input_ids"]) for item in items])
     rows, longest = len(items), int(lengths.max())
     ids = torch.zeros(rows, longest, dtype=torch.long)
@@ -63,12 +68,12 @@ def collate(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         ids[row, : lengths[row]] = torch.from_numpy(np.asarray(item["input_ids"]))
         learned[row, : lengths[row]] = torch.from_numpy(np.asarray(item["loss_mask"]))
     batch = {"input_ids": ids, "loss_mask": learned, "lengths": lengths}
-    if "features" in items[0]:
-        width = items[0]["features"].shape[-1]
-        features = torch.zeros(rows, longest, width, dtype=items[0]["features"].dtype)
-        for row, item in enumerate(items):
-            features[row, : lengths[row]] = item["features"]
-        batch["features"] = features
+    for name, first in items[0].items():
+        if isinstance(first, torch.Tensor):
+            padded = torch.zeros(rows, longest, *first.shape[1:], dtype=first.dtype)
+            for row, item in enumerate(items):
+                padded[row, : lengths[row]] = item[name]
+            batch[name] = padded
     return batch
 
 
@@ -123,6 +128,7 @@ class PairBatch:
         targets: ``[B, S, H]``, the feature to estimate, f_{c+1}; a view where features are one layer's.
         answers: ``[B, S]``, the token that f_{c+1} leads to, t_{c+2}.
         learned: ``[B, S]`` bool, columns with a loss.
+        laws: of the targets, ``[B, S]`` leading, where they came with the batch.
     """
 
     features: torch.Tensor
@@ -132,6 +138,7 @@ class PairBatch:
     targets: torch.Tensor
     answers: torch.Tensor
     learned: torch.Tensor
+    laws: TargetLaws | None = None
 
 
 def make_pairs(batch: dict[str, torch.Tensor], block_size: int, hidden_size: int) -> PairBatch:
@@ -150,6 +157,9 @@ def make_pairs(batch: dict[str, torch.Tensor], block_size: int, hidden_size: int
     column = torch.arange(columns, device=ids.device)[None]
     paired = (column >= k - 1) & (column < lengths[:, None] + k - 2)  # pairs 0 to n - 2
     within = column < lengths[:, None] - 2  # t_{c+2} exists
+    laws = None
+    if "mean_rows" in batch:
+        laws = TargetLaws(*(placed(batch[name], -1) for name in ("mean_rows", "negentropy", "labels")))
     return PairBatch(
         features=placed(features, k - 1) * paired[..., None],
         tokens=placed(ids[:, 1:], k - 1) * paired,
@@ -158,4 +168,5 @@ def make_pairs(batch: dict[str, torch.Tensor], block_size: int, hidden_size: int
         targets=placed(features[..., -hidden_size:], -1),
         answers=placed(ids, -2),
         learned=placed(batch["loss_mask"], -2) & within,
+        laws=laws,
     )

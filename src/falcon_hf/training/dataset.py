@@ -176,7 +176,7 @@ def _read_lines(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     masks: list[np.ndarray] = []
     number = 0
     try:
-        for number, row in enumerate(_rows(path), start=1):
+        for number, row in enumerate(_rows(path), start=1):  # what is no JSON is the line behind ``number``
             ids, mask = _ids_and_mask(row)
             if len(ids) != len(mask):
                 raise TrainingError(f"{path}, line {number}: input_ids and loss_mask must have the same length.")
@@ -188,12 +188,12 @@ def _read_lines(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         raise TrainingError(f"{path} breaks off behind line {number} ({error}): copy it again.") from error
     except KeyError as error:
         raise TrainingError(
-            f"{path}, line {number + 1} lacks {error}; a line needs input_ids and loss_mask, or p and r."
+            f"{path}, line {number} lacks {error}; a line needs input_ids and loss_mask, or p and r."
         ) from error
     except (TypeError, ValueError, OverflowError) as error:
         if isinstance(error, TrainingError):
             raise
-        raise TrainingError(f"{path}, line {number + 1}: ids and masks must be lists of integers ({error}).") from error
+        raise TrainingError(f"{path}, line {number}: ids and masks must be lists of integers ({error}).") from error
     if not tokens:
         raise TrainingError(f"{path} is empty.")
     offsets = np.concatenate(([0], np.cumsum([len(ids) for ids in tokens]))).astype(np.int64)

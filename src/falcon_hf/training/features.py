@@ -115,11 +115,20 @@ class FeatureCache:
 
     def rows(self, dialogue: int) -> torch.Tensor:
         """``[n, W]``: the features of a dialogue's n tokens, a view of the file as long as nobody writes to it."""
+        number, part = self.place(dialogue)
+        return self.shard(number)[part]
+
+    def place(self, dialogue: int) -> tuple[int, slice]:
+        """A dialogue's shard, and its rows there."""
         number = int(np.searchsorted(self._first_rows, dialogue, side="right")) - 1
+        start = self._offsets[self._first_rows[number]]
+        return number, slice(int(self._offsets[dialogue] - start), int(self._offsets[dialogue + 1] - start))
+
+    def shard(self, number: int) -> torch.Tensor:
+        """``[tokens, W]``, mapped into memory when first asked for."""
         if number not in self._shards:
             self._shards[number] = load_file(self.folder / self.index["shards"][number]["file"])[_TENSOR]
-        start = self._offsets[self._first_rows[number]]
-        return self._shards[number][self._offsets[dialogue] - start : self._offsets[dialogue + 1] - start]
+        return self._shards[number]
 
     @classmethod
     def open(cls, folder: str | Path, key: dict[str, Any]) -> FeatureCache:
@@ -139,7 +148,7 @@ class FeatureCache:
                 f"The feature cache in {folder} is not finished; run the training again, it will go on."
             )
         for shard in index["shards"]:
-            if not _is_whole(folder, shard):
+            if not is_whole(folder, shard):
                 raise TrainingError(
                     f"Shard {folder / shard['file']} is missing or truncated; delete it and run again: only it will be "
                     "computed anew."
@@ -156,6 +165,7 @@ class FeatureCache:
         feature_layers: list[int] | None = None,
         progress: Progress | None = None,
         shard_bytes: int = _SHARD_BYTES,
+        ready: Callable[[int], torch.Tensor] | None = None,
     ) -> FeatureCache:
         """Compute what the cache lacks, shard by shard, and open it.
 
@@ -167,6 +177,7 @@ class FeatureCache:
             feature_layers: hidden states side by side, or None for the last.
             progress: called after every batch.
             shard_bytes: about how much a shard holds.
+            ready: ``ready(dialogue)`` gives features ``[n, W]`` that are there already; else the target computes them.
 
         Raises:
             TrainingError: a cache of other text or of another target is there, or the disk has no room; what had been
@@ -184,7 +195,7 @@ class FeatureCache:
             }
         else:
             _check_key(folder, index, key)
-        missing = [shard for shard in index["shards"] if not _is_whole(folder, shard)]
+        missing = [shard for shard in index["shards"] if not is_whole(folder, shard)]
         needed = sum(shard["bytes"] for shard in missing)
         if needed > free_bytes(folder):
             raise TrainingError(
@@ -197,7 +208,10 @@ class FeatureCache:
             _write_index(folder, {**index, "complete": not missing})
             for shard in missing:
                 rows = range(shard["first_dialogue"], shard["end_dialogue"])
-                block = _compute_shard(target, data, rows, width, feature_layers, progress, done)
+                if ready is None:
+                    block = _compute_shard(target, data, rows, width, feature_layers, progress, done)
+                else:
+                    block = torch.cat([ready(row) for row in rows])
                 _write_shard(folder, shard["file"], block)
                 done += shard["tokens"]
             _write_index(folder, {**index, "complete": True})
@@ -303,7 +317,7 @@ def _write_shard(folder: Path, name: str, block: torch.Tensor) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def _is_whole(folder: Path, shard: dict[str, Any]) -> bool:
+def is_whole(folder: Path, shard: dict[str, Any]) -> bool:
     """Whether a shard's file has the header and the bytes that it must have."""
     path = folder / shard["file"]
     try:

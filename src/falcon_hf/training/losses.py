@@ -11,10 +11,13 @@ and is made in the forward, chunk by chunk, and the logits are dropped.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from .laws import TargetLaws
 
 CHUNK = 256
 """Rows whose laws are held at once: 8 MB each of logits in float32 at 8,192 tokens, which stays in a CPU's cache."""
@@ -56,7 +59,7 @@ def feature_loss(estimates: torch.Tensor, features: torch.Tensor, beta: float = 
 
 def vocabulary_loss(
     estimates: torch.Tensor,
-    features: torch.Tensor,
+    features: torch.Tensor | TargetLaws,
     head: DraftHead,
     kl_weight: float = 0.9,
     ce_weight: float = 0.1,
@@ -66,7 +69,7 @@ def vocabulary_loss(
 
     Args:
         estimates: ``[n, H]``, f^; the gradient goes here.
-        features: ``[n, H]``, f: gives the target's law.
+        features: ``[n, H]``, f: gives the target's law. Or what is needed of the laws (see ``laws.py``).
         head: the target's head over the draft vocabulary.
         kl_weight: weight of the divergence from the target's law.
         ce_weight: weight of the cross-entropy of its likeliest token.
@@ -84,7 +87,7 @@ class _VocabularyLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         estimates: torch.Tensor,
-        features: torch.Tensor,
+        features: torch.Tensor | TargetLaws,
         head: DraftHead,
         kl_weight: float,
         ce_weight: float,
@@ -99,22 +102,35 @@ class _VocabularyLoss(torch.autograd.Function):
         for start in range(0, rows, chunk):
             part = slice(start, start + chunk)
             drafted = head.logits(estimates[part])
-            wanted = head.logits(features[part])
-            law, target_law = torch.softmax(drafted, -1, dtype=exact), torch.softmax(wanted, -1, dtype=exact)
-            drafted_best, wanted_best = drafted.max(-1), wanted.max(-1)
-            agree[part] = drafted_best.indices == wanted_best.indices
+            law = torch.softmax(drafted, -1, dtype=exact)
+            best = drafted.max(-1)
             # log of a law's normaliser from its likeliest token, whose probability cannot underflow
-            normaliser = drafted_best.values.to(exact) - law.gather(1, drafted_best.indices[:, None])[:, 0].log()
-            target_normaliser = wanted_best.values.to(exact) - target_law.amax(-1).log()
-            gap = torch.linalg.vecdot(target_law, (wanted - drafted).to(exact))
-            sums[0] += (gap - target_normaliser + normaliser).sum()
-            label = wanted_best.indices[:, None]
+            normaliser = best.values.to(exact) - law.gather(1, best.indices[:, None])[:, 0].log()
+            if isinstance(features, torch.Tensor):
+                wanted = head.logits(features[part])
+                target_law = torch.softmax(wanted, -1, dtype=exact)
+                target_best = wanted.max(-1)
+                labels = target_best.indices
+                target_normaliser = target_best.values.to(exact) - target_law.amax(-1).log()
+                gap = torch.linalg.vecdot(target_law, (wanted - drafted).to(exact))
+                sums[0] += (gap - target_normaliser + normaliser).sum()
+                slope = law.mul_(kl_weight + ce_weight).sub_(target_law, alpha=kl_weight)
+            else:
+                labels = features.labels[part].long()
+                means = features.mean_rows[part].to(exact)
+                mean_logit = torch.linalg.vecdot(estimates[part].to(exact), means) * head.scale
+                sums[0] += (features.negentropy[part] - mean_logit + normaliser).sum()
+                slope = law.mul_(kl_weight + ce_weight)
+            agree[part] = best.indices == labels
+            label = labels[:, None]
             sums[1] += (normaliser - drafted.gather(1, label)[:, 0].to(exact)).sum()
-            slope = law.mul_(kl_weight + ce_weight).sub_(target_law, alpha=kl_weight)
             slope.scatter_add_(1, label, slope.new_full(label.shape, -ce_weight))
             if head.softcap is not None:
                 slope *= 1 - (drafted.to(exact) / head.softcap) ** 2
-            gradient[part] = torch.mm(slope.to(weight.dtype), weight)
+            rows_of_head = torch.mm(slope.to(weight.dtype), weight)
+            if not isinstance(features, torch.Tensor):
+                rows_of_head = rows_of_head - features.mean_rows[part].to(weight.dtype) * kl_weight
+            gradient[part] = rows_of_head
         if head.scale != 1.0:
             gradient *= head.scale
         ctx.save_for_backward(gradient)

@@ -18,15 +18,15 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from ..drafter_loading import load_drafter
+from ..drafter_loading import DrafterError, load_drafter
 from ..runtime.configuration_falcon_drafter import FalconDrafterConfig
 from ..runtime.modeling_falcon_drafter import FalconDrafter
-from ..runtime.target import input_embeddings
+from ..runtime.target import head_weight, input_embeddings
 from .allocator import keep_freed_memory
 from .arguments import FalconTrainingArguments
 from .batches import DialogueDataset
 from .dataset import TrainingData, load_training_data, split
-from .distilled_features import DistilledFeatures, find_distilled_features
+from .distilled_features import find_distilled_features
 from .draft_vocabulary import choose_draft_vocabulary, coverage
 from .errors import TrainingError
 from .features import (
@@ -40,6 +40,8 @@ from .features import (
     free_bytes,
 )
 from .initialisation import embedding_scale, near_identity_start, typical_sizes
+from .laws import LawCache
+from .losses import DraftHead
 from .recipe import data_recipe, make_recipe
 from .trainer import FalconTrainer
 
@@ -48,6 +50,11 @@ logger = logging.getLogger(__name__)
 FEATURE_MODES = ("auto", "cached", "live")
 SAVED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SAMPLE_DIALOGUES = 16
+# What the weights alone do not tell.
+_SHAPE = frozenset(
+    {"block_size", "fusion", "hidden_size", "intermediate_size", "num_hidden_layers", "draft_vocab_size"}
+    | {"embedding_scale", "feature_layers", "target_fingerprint"}
+)
 
 Report = Callable[[str], None]
 
@@ -62,6 +69,7 @@ class TrainingPlan:
         held_out: dialogues at the data's end that are only evaluated on.
         max_length: tokens kept of a dialogue.
         features: "cached", "live" (computed for every batch), or "auto": cached if half of the free disk has room.
+        cached_laws: keep the target's laws on disk as well, where features are; a faster step for as much disk again.
         cache: folder of the feature cache; by default one below ~/.cache/falcon_hf, named for target and text.
         block_size: k.
         fusion: see [`FalconDrafterConfig`].
@@ -78,6 +86,7 @@ class TrainingPlan:
     held_out: int = 100
     max_length: int = 512
     features: str = "auto"
+    cached_laws: bool = True
     cache: Path | None = None
     block_size: int = 2
     fusion: str = "linear"
@@ -143,6 +152,10 @@ def train_drafter(
     feature_layers = drafter.config.feature_layers
     with args.main_process_first(local=False, desc="features"):
         cache = _features(plan, target, data, feature_layers, say, progress)
+        laws = None
+        if plan.cached_laws and cache is not None and drafter.config.logit_softcap is None:
+            say("the target's laws over the draft vocabulary, once for all epochs")
+            laws = LawCache.build(cache, _law_head(drafter, target, args), progress)
     model: Any = drafter
     if plan.lora_rank:
         model = _with_lora(drafter, plan.lora_rank)
@@ -150,14 +163,17 @@ def train_drafter(
         model,
         args,
         target,
-        DialogueDataset(train, cache),
+        DialogueDataset(train, cache, 0, laws),
         DialogueDataset(held_out, cache, len(train)) if len(held_out) else None,
         callbacks=callbacks,
     )
     if callbacks:
         trainer.remove_callback(PrinterCallback)
     started = time.time()
-    trainer.train(resume_from_checkpoint=_last_checkpoint(Path(args.output_dir or "."), resume))
+    checkpoint = _last_checkpoint(Path(args.output_dir or "."), resume)
+    if trainer.is_world_process_zero():
+        _check_resume(Path(args.output_dir or "."), checkpoint, drafter, data.sha256())
+    trainer.train(resume_from_checkpoint=checkpoint)
     if len(held_out) and not _evaluated(trainer):
         trainer.evaluate()
     if trainer.is_world_process_zero():
@@ -207,7 +223,10 @@ def make_drafter(
     say = report or logger.info
     text = target.config.get_text_config()
     if plan.init_from is not None:
-        drafter = load_drafter(plan.init_from, torch.float32)
+        try:
+            drafter = load_drafter(plan.init_from, torch.float32)
+        except DrafterError as error:
+            raise TrainingError(str(error)) from error
         config = drafter.config
         if (config.vocab_size, config.hidden_size) != (text.vocab_size, text.hidden_size):
             raise TrainingError(
@@ -263,15 +282,11 @@ def _features(
     feature_layers: list[int] | None,
     say: Report,
     progress: Progress | None,
-) -> FeatureCache | DistilledFeatures | None:
-    """The features that the data came with, else the cache, or None for features on the fly."""
+) -> FeatureCache | None:
+    """The feature cache, filled with features that came with the text if any did; None for features on the fly."""
     if plan.features == "live":
         say("features are computed on the fly")
         return None
-    distilled = find_distilled_features(plan.data, target, data, feature_layers)
-    if distilled is not None:
-        say(f"features come with the text in {plan.data}")
-        return distilled
     key = cache_key(target, data, plan.max_length, feature_layers)
     folder = plan.cache or default_cache_folder(key)
     size = estimate_bytes(len(data.tokens), feature_width(target, feature_layers))
@@ -280,7 +295,18 @@ def _features(
     if not have and plan.features == "auto" and not cache_fits(folder, size):
         say("that is more than half of what is free: features are computed on the fly")
         return None
-    return FeatureCache.build(folder, target, data, key, feature_layers, progress)
+    distilled = None if have else find_distilled_features(plan.data, target, data, feature_layers)
+    if distilled is not None:
+        say(f"they came with the text in {plan.data}")
+    ready = None if distilled is None else distilled.rows
+    return FeatureCache.build(folder, target, data, key, feature_layers, progress, ready=ready)
+
+
+def _law_head(drafter: FalconDrafter, target: PreTrainedModel, args: FalconTrainingArguments) -> DraftHead:
+    """The head that the trainer will use."""
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else drafter.dtype
+    weight = drafter.draft_head(head_weight(target)).to(args.device, dtype).contiguous()
+    return DraftHead(weight, drafter.config.logit_scale)
 
 
 def _typical_sizes(target: PreTrainedModel, data: TrainingData) -> tuple[float, float]:
@@ -338,6 +364,28 @@ def _last_checkpoint(folder: Path, resume: bool) -> str | None:
     if found is not None and not resume:
         raise TrainingError(f"{found} is of an earlier training: resume it, or name another output folder.")
     return found
+
+
+def _check_resume(folder: Path, checkpoint: str | None, drafter: FalconDrafter, data: str) -> None:
+    """Note what is trained on what; on a resume, see that it is the same.
+
+    Raises:
+        TrainingError: another drafter or other text than the checkpoint's.
+    """
+    note = folder / "training.json"
+    shape = {name: value for name, value in drafter.config.to_dict().items() if name in _SHAPE}
+    now = json.loads(json.dumps({"data": data, **shape}))
+    if checkpoint is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(now), encoding="utf-8")
+        return
+    before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else now
+    changed = [name for name in now if before.get(name) != now[name]]
+    if changed:
+        raise TrainingError(
+            f"The checkpoint in {folder} is of another training: {', '.join(changed)} changed. Resume with the same "
+            "data and options, or name another output folder."
+        )
 
 
 def _evaluated(trainer: FalconTrainer) -> bool:

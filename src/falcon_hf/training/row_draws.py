@@ -6,6 +6,8 @@ to be saved, the global generators are left alone, and two processes draw what o
 
 from __future__ import annotations
 
+import zlib
+
 import torch
 
 _MIX = 0x9E3779B97F4A7C15
@@ -35,11 +37,15 @@ class RowDraws:
 
     def __init__(self, seed: int, step: int, rows: range, device: torch.device) -> None:
         self._device = device
-        self._generators = [torch.Generator(device).manual_seed(mix(seed, step, row)) for row in rows]
+        self._seeds = [mix(seed, step, row) for row in rows]
 
-    def uniform(self, *shape: int) -> torch.Tensor:
-        """``[B, *shape]`` float32 draws in [0, 1)."""
-        out = torch.empty(len(self._generators), *shape, device=self._device)
-        for row, generator in zip(out, self._generators, strict=True):
-            row.uniform_(generator=generator)
+    def uniform(self, purpose: str, *shape: int) -> torch.Tensor:
+        """``[B, *shape]`` float32 draws in [0, 1), the same each time for a ``purpose``.
+
+        Each purpose has streams of its own: how many draws one takes depends on padding, so on a row's neighbours.
+        """
+        number = zlib.crc32(purpose.encode())
+        out = torch.empty(len(self._seeds), *shape, device=self._device)
+        for row, seed in zip(out, self._seeds, strict=True):
+            row.uniform_(generator=torch.Generator(self._device).manual_seed(mix(seed, number)))
         return out

@@ -48,6 +48,7 @@ class FalconTrainer(Trainer):
     """
 
     args: FalconTrainingArguments
+    control: Any
 
     def __init__(
         self,
@@ -63,6 +64,8 @@ class FalconTrainer(Trainer):
         self.loss_is_scaled_for_ga = False  # a mean over the batch: Trainer divides by the accumulation steps
         drafter: Any = model  # of a peft model, too, these are the drafter's
         self._config: Any = drafter.config
+        if hasattr(self._config, "use_cache"):
+            del self._config.use_cache  # Trainer's; our config has no such field, and would not load with it
         self._block_size: int = drafter.config.block_size
         self._target = target.requires_grad_(False).eval()
         device = args.device
@@ -118,11 +121,11 @@ class FalconTrainer(Trainer):
         rows = pairs.tokens.shape[0]
         draws, first_row = self._draws(rows)
         progress = self.state.global_step / max(1, self.state.max_steps)
-        offsets = draw_block_offsets(draws.uniform(), k)
+        offsets = draw_block_offsets(draws.uniform("offset"), k)
         features = pairs.features.to(self._dtype)
         noise = None
         if args.noise > 0:
-            noise = feature_noise(draws.uniform(*features.shape[1:]), args.noise).to(self._dtype)
+            noise = feature_noise(draws.uniform("noise", *features.shape[1:]), args.noise).to(self._dtype)
             noise = noise * pairs.paired[..., None]
         embeddings = self._embed(pairs.tokens) * pairs.paired[..., None]
         replaced = self._glance(model, pairs, features, noise, embeddings, offsets, draws, first_row, progress)
@@ -193,7 +196,7 @@ class FalconTrainer(Trainer):
             measured[asked] = True
             distance = torch.where(measured, distance, estimated)
         longest = args.glance_longest_run or max(1, k - 1)
-        uniform = draws.uniform(columns // k + 2, 3)
+        uniform = draws.uniform("glance", columns // k + 2, 3)
         replaced = choose_glanced(glance_count(distance, weight), learned, offsets, k, uniform, longest)
         positions = learned.sum().clamp_min(1)
         self._note(glanced=replaced.sum() / positions, first_pass_error=distance.sum() / positions)
@@ -255,9 +258,10 @@ class FalconTrainer(Trainer):
         total = torch.zeros((), device=targets.device)
         for number, (estimates, index, weight) in enumerate(zip(outputs, wanted, weights, strict=True), start=1):
             features = targets.index_select(0, index)
+            laws = features if pairs.laws is None else pairs.laws.take(index)
             smooth = feature_loss(estimates, features, args.smooth_l1_beta)
             vocabulary, sums, agree = vocabulary_loss(
-                estimates, features, self._head, args.kl_weight, args.ce_weight, args.vocabulary_chunk
+                estimates, laws, self._head, args.kl_weight, args.ce_weight, args.vocabulary_chunk
             )
             total = total + weight * (args.feature_weight * smooth + args.vocabulary_weight * vocabulary)
             rows = max(1, len(index))
@@ -337,8 +341,7 @@ class FalconTrainer(Trainer):
             metric_key_prefix, (args.feature_weight, weight * args.kl_weight, weight * args.ce_weight)
         )
         self.log(metrics)
-        control: Any = self.control
-        self.control = self.callback_handler.on_evaluate(args, self.state, control, metrics)
+        self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
         return metrics
 
     def _plan(self) -> EvaluationPlan:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
+from dataclasses import dataclass
 
 from ..errors import BenchError
 from .base import Method, MethodContext, MethodResult
@@ -19,50 +21,72 @@ METHODS: dict[str, type[Method]] = {method.name: method for method in _FOUND}
 BASELINE = "plain"
 """What speed ratios and agreement refer to."""
 
+_LABEL = re.compile(r"[A-Za-z0-9._-]+")
 
-def parse_method(spec: str) -> tuple[type[Method], dict[str, str]]:
-    """``name:setting=value:...`` to the method's class and its settings.
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """A method as asked for, checked.
+
+    Attributes:
+        label: its name in results: the one given, else the whole of what was typed.
+        method: its class.
+        settings: as typed.
+    """
+
+    label: str
+    method: type[Method]
+    settings: dict[str, str]
+
+
+def parse_method(spec: str) -> MethodSpec:
+    """``name:setting=value:...``, or ``label=name:...`` to give it a name of its own in results.
 
     Raises:
-        BenchError: on an unknown name or setting.
+        BenchError: on an unknown name or setting, or a label that a table could not show.
     """
-    name, *parts = spec.split(":")
+    head, *parts = spec.split(":")
+    given, equals, name = head.rpartition("=")
+    if equals and not _LABEL.fullmatch(given):
+        raise BenchError(f"A label is letters, digits, '-', '_' and '.', got {given!r}.")
     if name not in METHODS:
         raise BenchError(f"Unknown method {name!r}; known: {', '.join(sorted(METHODS))}.")
     method, settings = METHODS[name], {}
+    if equals and (name == BASELINE) != (given == BASELINE):
+        raise BenchError(f"{BASELINE!r} is the label of the baseline, and of nothing else: {spec!r}.")
     for part in parts:
-        setting, equals, value = part.partition("=")
-        if setting not in method.settings or not equals:
+        setting, equals_sign, value = part.partition("=")
+        if not method.takes(setting) or not equals_sign:
             known = ", ".join(f"{key}=..." for key in method.settings) or "none"
             raise BenchError(f"The method {name} has no setting {part!r}; it has: {known}.")
         settings[setting] = value
-    return method, settings
+    return MethodSpec(given if equals else spec, method, settings)
 
 
-def parse_methods(specs: str) -> list[str]:
-    """A comma-separated list of methods, checked: known ones, none twice.
+def parse_methods(specs: str) -> list[MethodSpec]:
+    """A comma-separated list of methods, checked: known ones, no label twice.
 
     Raises:
-        BenchError: on an empty list, an unknown name or setting, or a method given twice.
+        BenchError: on an empty list, an unknown name or setting, or a label given twice.
     """
-    labels = [spec.strip() for spec in specs.split(",") if spec.strip()]
-    if not labels:
+    parsed = [parse_method(spec.strip()) for spec in specs.split(",") if spec.strip()]
+    if not parsed:
         raise BenchError(f"Name at least one method: {', '.join(sorted(METHODS))}.")
+    labels = [spec.label for spec in parsed]
     for label in labels:
-        parse_method(label)
         if labels.count(label) > 1:
-            raise BenchError(f"The method {label} is given twice.")
-    return labels
+            raise BenchError(f"The method {label} is given twice; tell them apart with LABEL=METHOD.")
+    return parsed
 
 
-def build_method(label: str, context: MethodContext) -> Method:
-    """The method of that label, ready to generate.
+def build_method(spec: str | MethodSpec, context: MethodContext) -> Method:
+    """The method ready to generate.
 
     Raises:
         BenchError: on an unknown name or setting, an impossible value, or a drafter that cannot be read.
     """
-    method, settings = parse_method(label)
-    return method(label, context, settings)
+    parsed = parse_method(spec) if isinstance(spec, str) else spec
+    return parsed.method(parsed.label, context, parsed.settings)
 
 
 __all__ = [
@@ -71,6 +95,7 @@ __all__ = [
     "Method",
     "MethodContext",
     "MethodResult",
+    "MethodSpec",
     "build_method",
     "parse_method",
     "parse_methods",

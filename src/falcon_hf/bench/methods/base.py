@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedModel
 
 from ...runtime.statistics import GenerationStatistics
+from ..memory import peak_bytes, reset_peak
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,12 @@ class MethodContext:
     Attributes:
         target: in evaluation mode, on its device.
         drafter: folder or Hub repo of the Falcon drafter.
-        tree: paths of child ranks that replace the drafter's own tree.
+        tree: replaces the drafter's own, as its config holds it (see ``draft_trees.py``).
     """
 
     target: PreTrainedModel
     drafter: str | None = None
-    tree: list[list[int]] | None = None
+    tree: list[list[int]] | dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -35,30 +36,54 @@ class MethodResult:
     """One call of ``generate()``.
 
     Attributes:
-        tokens: the new tokens.
+        rows: the new tokens of each row, up to its end.
         seconds: wall-clock time of the whole call.
-        statistics: counts, and phases where the method knows them (see ``GenerationStatistics.as_dict``).
+        statistics: for each row its counts, and phases where the method knows them (see
+            ``GenerationStatistics.as_dict``). Of what a call has once for all rows, its forwards and times, a row has
+            its share, so that sums over rows are the call's.
+        accepted: for each row the accepted drafts of each round; None where the method does not know.
+        peak_bytes: peak memory of the call (see ``memory.py``); None where it cannot be told.
     """
 
-    tokens: list[int]
+    rows: list[list[int]]
     seconds: float
-    statistics: dict[str, float]
+    statistics: list[dict[str, float]]
+    accepted: list[list[int]] | None = None
+    peak_bytes: int | None = None
+
+    @property
+    def tokens(self) -> list[int]:
+        """The first row."""
+        return self.rows[0]
+
+
+@dataclass
+class Forwards:
+    """Forwards of the target in one call of ``generate()``."""
+
+    count: int = field(default=0)
 
 
 class Method(ABC):
     """One way to generate. A subclass in a file of its own in this folder, named ``METHOD`` there, is found by name.
 
-    A method is asked for as ``name`` or ``name:setting=value:...``, which is also its label in results.
+    A method is asked for as ``name``, ``name:setting=value:...`` or ``label=name:...``; see ``methods/__init__.py``.
 
     Attributes:
         name: how it is asked for.
         settings: the settings it takes, each with what it is.
         needs_drafter: whether it cannot do without a Falcon drafter.
+        may_fail: whether failing on a machine is a finding, kept with the result while the other methods go on.
+        prefill_drafts: whether the forward over the prompt verifies drafts already, as transformers' assistants' does.
+        draws_as_plain: whether a sampled text must be plain's with the same seed; if not, the two are not compared.
     """
 
     name: ClassVar[str]
     settings: ClassVar[dict[str, str]] = {}
     needs_drafter: ClassVar[bool] = False
+    may_fail: ClassVar[bool] = False
+    prefill_drafts: ClassVar[bool] = False
+    draws_as_plain: bool = True
 
     def __init__(self, label: str, context: MethodContext, settings: dict[str, str]) -> None:
         """``settings`` has keys of the class's own only; values are as typed.
@@ -69,6 +94,11 @@ class Method(ABC):
         self.label = label
         self.target = context.target
 
+    @classmethod
+    def takes(cls, setting: str) -> bool:
+        """Whether ``setting`` is one of the method's."""
+        return setting in cls.settings
+
     @abstractmethod
     def arguments(self) -> dict[str, Any]:
         """What this method adds to the call of ``generate()``."""
@@ -77,57 +107,111 @@ class Method(ABC):
         """What a reader of the results must know to repeat this method; JSON values."""
         return {"method": self.name}
 
-    def statistics(self, new_tokens: int, forwards: int) -> dict[str, float]:
-        """Counts of the call that just ended, from the target's forwards.
+    def prepare(self, longest: int) -> None:  # noqa: B027 - most methods have nothing to prepare
+        """Called once before the run: no text, prompt included, will be longer than ``longest`` tokens."""
 
-        The first forward counts as the prefill, even where it verifies drafts too, as prompt lookup's does.
+    def row_statistics(self, new_tokens: int, forwards: int, rows: int, row: int) -> dict[str, float]:
+        """Counts of one row of the call that just ended, from the target's forwards.
+
+        A round is a forward that verifies; the prefill is none, unless it carries drafts.
         """
-        rounds, accepted = forwards - 1, max(new_tokens - forwards, 0)
+        prefills = 0 if self.prefill_drafts else 1
+        rounds = min(forwards, max(new_tokens, 0)) - prefills  # a row that has ended takes part in no round
+        accepted = max(new_tokens - forwards, 0)
         counted = GenerationStatistics(
             rounds=rounds, row_rounds=rounds, accepted=accepted, new_tokens=new_tokens
         ).as_dict()
-        return {name: counted[name] for name in ("rounds", "accepted", "new_tokens", "tau", "tau_with_bonus", "alpha")}
+        shown = {name: counted[name] for name in ("row_rounds", "accepted", "new_tokens", "tau", "alpha")}
+        bonus = counted["tau"] + 1 if rounds > 0 else 0.0
+        return {"rounds": (forwards - prefills) / rows, **shown, "tau_with_bonus": bonus}
 
-    def generate(self, ids: torch.Tensor, options: dict[str, Any]) -> MethodResult:
-        """Generate from ``ids`` ``[1, P]`` with ``options`` of ``generate()``.
+    def accepted_by_round(self) -> list[list[int]] | None:
+        """For each row of the call that just ended, the accepted drafts of each round, if the method knows."""
+        return None
+
+    def generate(self, ids: torch.Tensor | Sequence[torch.Tensor], options: dict[str, Any]) -> MethodResult:
+        """Generate from prompts ``[1, P]``, one or a batch, with ``options`` of ``generate()``.
 
         Raises:
             ValueError: what ``generate()`` raises on options that do not go together.
         """
-        ids = ids.to(self.target.device)
-        arguments = {"attention_mask": torch.ones_like(ids), **_pad(self.target), **options, **self.arguments()}
-        with _counted_forwards(self.target) as forwards:
-            _synchronize(self.target.device)
+        prompts = [ids] if isinstance(ids, torch.Tensor) else list(ids)
+        device = self.target.device
+        padding = _pad(self.target)
+        batch, mask = left_padded(prompts, options.get("pad_token_id", padding["pad_token_id"] or 0))
+        inputs = {"attention_mask": mask.to(device)}
+        if padding["pad_token_id"] is not None:
+            inputs |= padding
+        arguments = {**inputs, **options, **self.arguments()}
+        batch = batch.to(device)
+        with self.counted() as forwards:
+            measured = reset_peak(device)
+            _synchronize(device)
             start = time.perf_counter()
-            out = self.target.generate(ids, **arguments)
-            _synchronize(self.target.device)
+            out = self.target.generate(batch, **arguments)
+            _synchronize(device)
             seconds = time.perf_counter() - start
-        tokens: list[int] = out[0, ids.shape[1] :].tolist()
-        return MethodResult(tokens, seconds, self.statistics(len(tokens), forwards[0]))
+            peak = peak_bytes(device) if measured else None
+        texts = out[:, batch.shape[1] :].tolist()
+        if len(texts) > 1:
+            ends = _end_tokens(self.target, options)
+            texts = [until_end(text, ends, arguments.get("pad_token_id")) for text in texts]
+        count = forwards.count or max(map(len, texts))
+        statistics = [self.row_statistics(len(text), count, len(texts), row) for row, text in enumerate(texts)]
+        return MethodResult(texts, seconds, statistics, self.accepted_by_round(), peak)
+
+    @contextmanager
+    def counted(self) -> Iterator[Forwards]:
+        """Count the target's forwards in the ``with`` body."""
+        forwards = Forwards()
+
+        def increment(*_: Any) -> None:
+            forwards.count += 1
+
+        handle = self.target.register_forward_pre_hook(increment)
+        try:
+            yield forwards
+        finally:
+            handle.remove()
+
+
+def left_padded(prompts: Sequence[torch.Tensor], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts ``[1, P]`` of any lengths as one batch ``[B, longest P]`` and its attention mask."""
+    longest = max(prompt.shape[1] for prompt in prompts)
+    ids = torch.full((len(prompts), longest), pad, dtype=torch.long)
+    mask = torch.zeros(len(prompts), longest, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - prompt.shape[1] :] = prompt[0]
+        mask[row, longest - prompt.shape[1] :] = 1
+    return ids, mask
+
+
+def until_end(tokens: list[int], ends: set[int], pad: int | None) -> list[int]:
+    """A batch's row without what stands behind its end: its first end token, else the padding."""
+    for index, token in enumerate(tokens):
+        if token in ends:
+            return tokens[: index + 1]
+    length = len(tokens)
+    while not ends and length and tokens[length - 1] == pad:
+        length -= 1
+    return tokens[:length]
+
+
+def _end_tokens(target: PreTrainedModel, options: dict[str, Any]) -> set[int]:
+    config: Any = target.generation_config
+    eos = options.get("eos_token_id", config.eos_token_id)
+    if eos is None:
+        return set()
+    return set(eos) if isinstance(eos, (list, tuple)) else {eos}
 
 
 def _pad(target: PreTrainedModel) -> dict[str, Any]:
-    """A pad token where the target has none: ``generate()`` would choose the same one, with a warning each call."""
+    """The pad token; where the target has none the one ``generate()`` would choose, with a warning each call."""
     config: Any = target.generation_config
     if config.pad_token_id is not None or config.eos_token_id is None:
-        return {}
+        return {"pad_token_id": config.pad_token_id}
     eos = config.eos_token_id
     return {"pad_token_id": eos[0] if isinstance(eos, list) else eos}
-
-
-@contextmanager
-def _counted_forwards(target: PreTrainedModel) -> Iterator[list[int]]:
-    """Count the calls of ``target`` in the ``with`` body; a list of the one count."""
-    count = [0]
-
-    def increment(*_: Any) -> None:
-        count[0] += 1
-
-    handle = target.register_forward_pre_hook(increment)
-    try:
-        yield count
-    finally:
-        handle.remove()
 
 
 def _synchronize(device: torch.device) -> None:

@@ -12,10 +12,17 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ...drafter_loading import DrafterError, load_drafter
-from ...runtime.candidate_generator import tree_shape
-from ...runtime.tree_shape import TreeShape
+from ...runtime.candidate_generator import drafter_tree
+from ...runtime.configuration_falcon_drafter import FalconDrafterConfig
+from ...runtime.statistics import GenerationStatistics
+from ..draft_trees import describe_tree, named_tree
 from ..errors import BenchError, first_line
 from .base import Method, MethodContext
+
+# Fields of a drafter's config that a run may set: those that decide how it drafts and is verified, not its weights.
+_FIELDS = set(FalconDrafterConfig.__annotations__) - {"model_type"}
+_WEIGHTS = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
+_WEIGHTS |= {"num_key_value_heads", "head_dim", "block_size", "fusion", "fusion_layers", "draft_vocab_size", "tree"}
 
 
 class Falcon(Method):
@@ -24,7 +31,8 @@ class Falcon(Method):
     name = "falcon"
     settings = {
         "drafter": "folder or Hub repo, --drafter by default",
-        "tree": "JSON file of paths, --tree by default, else the drafter's own",
+        "tree": "paper, chainN, dynamicN (N nodes), or a JSON file; --tree by default, else the drafter's own",
+        "FIELD": "any other field of the drafter's config that leaves its weights alone, such as verifier",
     }
     needs_drafter = True
 
@@ -40,13 +48,35 @@ class Falcon(Method):
         except DrafterError as error:
             raise BenchError(first_line(error)) from error
         self.weights_sha256 = weights_sha256(folder)
-        tree = read_tree(settings["tree"]) if "tree" in settings else context.tree
-        if tree is not None:
-            self.drafter.config.tree = tree
+        self.overrides = {name: _value(text) for name, text in settings.items() if name not in ("drafter", "tree")}
+        tree = context.tree
+        if "tree" in settings:
+            tree = named_tree(settings["tree"], self.drafter.config.block_size)
+        self._configure({**self.overrides, **({} if tree is None else {"tree": tree})})
+        self.draws_as_plain = self.drafter.config.verifier == "follow"
         try:
-            self.shape = tree_shape(self.drafter)
+            self.tree = drafter_tree(self.drafter)
         except ValueError as error:
             raise BenchError(f"{label}: {first_line(error)}") from error
+
+    @classmethod
+    def takes(cls, setting: str) -> bool:
+        """Whether ``setting`` is one of the method's, a field of the drafter's config included."""
+        return setting in ("drafter", "tree") or setting in _FIELDS - _WEIGHTS
+
+    def _configure(self, fields: dict[str, Any]) -> None:
+        """Set fields of the drafter's config, checked as a config of its own.
+
+        Raises:
+            BenchError: on a value that the config refuses.
+        """
+        given = {name: getattr(self.drafter.config, name) for name in _FIELDS}
+        try:
+            checked = FalconDrafterConfig(**{**given, **fields})
+        except (TypeError, ValueError) as error:
+            raise BenchError(f"{self.label}: {_reason(error)}") from error
+        for name in fields:
+            setattr(self.drafter.config, name, getattr(checked, name))
 
     def arguments(self) -> dict[str, Any]:
         """The drafter."""
@@ -62,16 +92,27 @@ class Falcon(Method):
             "block_size": config.block_size,
             "fusion": config.fusion,
             "draft_vocab_size": config.draft_vocab_size,
-            "tree": [list(path) for path in self.shape.paths],
-            "tree_nodes": self.shape.size - 1,
-            "tree_depth": self.shape.depth,
+            **describe_tree(self.tree, config.block_size),
+            **({"config": self.overrides} if self.overrides else {}),
         }
 
-    def statistics(self, new_tokens: int, forwards: int) -> dict[str, float]:
+    def row_statistics(self, new_tokens: int, forwards: int, rows: int, row: int) -> dict[str, float]:
         """What the decoding loop counted and timed itself."""
-        counted = self.drafter.last_generation
-        assert counted is not None  # generate() has just returned
-        return counted.as_dict()
+        whole = self.drafter.last_generation
+        assert whole is not None  # generate() has just returned
+        if rows == 1:
+            return whole.as_dict()
+        lengths = whole.accepted_by_round[row]
+        counted = {name: value / rows for name, value in whole.as_dict().items()}
+        own = GenerationStatistics(row_rounds=len(lengths), accepted=sum(lengths), new_tokens=new_tokens)
+        counted |= {"rows": 1, "row_rounds": own.row_rounds, "accepted": own.accepted, "new_tokens": new_tokens}
+        return counted | {"tau": own.tau, "tau_with_bonus": own.tau_with_bonus, "alpha": own.alpha}
+
+    def accepted_by_round(self) -> list[list[int]] | None:
+        """What the decoding loop counted."""
+        whole = self.drafter.last_generation
+        assert whole is not None
+        return whole.accepted_by_round
 
 
 METHOD = Falcon
@@ -113,15 +154,15 @@ def weights_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def read_tree(path: str) -> list[list[int]]:
-    """Paths of child ranks, ``[[0], [1], [0, 0]]``, from a JSON file.
-
-    Raises:
-        BenchError: if the file cannot be read or holds no tree.
-    """
+def _value(text: str) -> Any:
+    """A setting as typed: JSON where it is JSON, else the text itself."""
     try:
-        paths = json.loads(Path(path).read_text(encoding="utf-8"))
-        return [list(kept) for kept in TreeShape.from_paths(paths).paths]
-    except (OSError, ValueError, TypeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
-        raise BenchError(f"The tree file {path} cannot be used: {reason}") from error
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _reason(error: BaseException) -> str:
+    """The line of an error that says what is wrong: a strict config's first only names the field."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) if lines else type(error).__name__

@@ -15,6 +15,8 @@ class PromptLookup(Method):
 
     name = "prompt_lookup"
     settings = {"tokens": f"drafts a round, {_DEFAULT_TOKENS} by default"}
+    prefill_drafts = True
+    draws_as_plain = False
 
     def __init__(self, label: str, context: MethodContext, settings: dict[str, str]) -> None:
         super().__init__(label, context, settings)

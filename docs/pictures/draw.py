@@ -1,0 +1,130 @@
+"""Draw the pictures of the documentation from the code they explain: ``python docs/pictures/draw.py``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib import rcParams
+from matplotlib.figure import Figure
+
+from falcon_hf import TreeShape
+from falcon_hf.runtime.modeling_falcon_drafter import relaxed_causal_mask
+
+HERE = Path(__file__).parent
+DRAFTER = HERE.parents[1] / "hub_cards" / "falcon-smollm2-135m-instruct"
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
+SEEN, UNSEEN = "#0072B2", "#eeeeee"
+# The same bytes from the same data.
+rcParams["svg.hashsalt"] = "falcon_hf"
+rcParams["svg.fonttype"] = "none"
+
+
+def save(figure: Figure, name: str) -> None:
+    """Write ``name``.svg and say so."""
+    figure.savefig(HERE / f"{name}.svg", metadata={"Date": None})
+
+
+def grid(axes: Any, visible: torch.Tensor, title: str, rows: list[str], columns: list[str]) -> None:
+    """A mask as squares; rows are queries."""
+    for row in range(visible.shape[0]):
+        for column in range(visible.shape[1]):
+            colour = SEEN if visible[row, column] else UNSEEN
+            axes.fill(
+                [column, column + 1, column + 1, column], [row, row, row + 1, row + 1], colour, ec="white", lw=1.5
+            )
+    axes.set_xlim(0, visible.shape[1])
+    axes.set_ylim(visible.shape[0], 0)
+    axes.set_aspect("equal")
+    axes.set_xticks([column + 0.5 for column in range(len(columns))], columns, fontsize=8)
+    axes.set_yticks([row + 0.5 for row in range(len(rows))], rows, fontsize=8)
+    axes.tick_params(length=0, labeltop=True, labelbottom=False)
+    axes.spines[:].set_visible(False)
+    axes.set_title(title, fontsize=10, pad=10)
+
+
+def masks() -> None:
+    """The drafter's masks: causal (k = 1) beside relaxed causal for k = 2 and 3."""
+    figure = Figure(figsize=(9, 4.0), layout="constrained")
+    for axes, k in zip(figure.subplots(1, 3), (1, 2, 3), strict=True):
+        names = [str(position) for position in range(6)]
+        title = "k = 1: causal" if k == 1 else f"k = {k}: relaxed causal"
+        grid(axes, relaxed_causal_mask(6, k, torch.zeros(1, dtype=torch.long))[0, 0], title, names, names)
+    figure.supxlabel("columns: keys j; rows: queries i; blue: i sees j", fontsize=9)
+    save(figure, "masks")
+
+
+def place(shape: TreeShape) -> dict[tuple[int, ...], float]:
+    """A y for each path: leaves one below the other, a parent at the middle of its children."""
+    y: dict[tuple[int, ...], float] = {}
+    count = 0
+
+    def visit(path: tuple[int, ...]) -> float:
+        nonlocal count
+        children = [kept for kept in shape.paths if len(kept) == len(path) + 1 and kept[:-1] == path]
+        if children:
+            places = [visit(child) for child in children]
+            y[path] = (places[0] + places[-1]) / 2
+        else:
+            y[path] = float(count)
+            count += 1
+        return y[path]
+
+    visit(())
+    return y
+
+
+def tree(axes: Any, shape: TreeShape, block_size: int, title: str, labels: bool) -> None:
+    """Nodes by depth, coloured by the drafter pass that fills them."""
+    y = place(shape)
+    for path in shape.paths:
+        axes.plot([len(path) - 1, len(path)], [y[path[:-1]], y[path]], color="#bbbbbb", lw=0.8, zorder=1)
+    size = 260 if labels else 16
+    axes.scatter(0, y[()], s=size, color="#444444", zorder=2)
+    for path in shape.paths:
+        colour = COLOURS[(len(path) - 1) // block_size % len(COLOURS)]
+        axes.scatter(len(path), y[path], s=size, color=colour, zorder=2)
+        if labels:
+            axes.text(len(path), y[path], str(path[-1]), color="white", ha="center", va="center", fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlim(-0.15, shape.depth + 0.15)
+    axes.set_xticks(range(shape.depth + 1), ["root", *map(str, range(1, shape.depth + 1))])
+    axes.set_xlabel("depth; a colour is a pass of the drafter", fontsize=9)
+    axes.set_yticks([])
+    axes.spines[["left", "right", "top"]].set_visible(False)
+    axes.set_title(title, fontsize=10)
+
+
+def trees() -> None:
+    """The shipped drafter's tree and the paper's for the same block size."""
+    config = json.loads((DRAFTER / "config.json").read_text(encoding="utf-8"))
+    k = config["block_size"]
+    own = TreeShape.paper(k) if config["tree"] is None else TreeShape.from_paths(config["tree"])
+    paper = TreeShape.paper(k)
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.8))
+    tree(left, own, k, f"The shipped drafter's: {own.size - 1} nodes;\na number is the rank in its law", labels=True)
+    tree(right, paper, k, f"The paper's kind for k = {k}: {paper.size - 1} nodes", labels=False)
+    save(figure, "trees")
+
+
+def verification() -> None:
+    """The target's mask over a small tree behind a text of four tokens."""
+    shape = TreeShape.from_paths([[0], [1], [0, 0], [0, 1], [1, 0]])
+    nodes = ["root", *("".join(map(str, path)) for path in shape.paths)]
+    text = [f"t{position}" for position in range(4)]
+    ancestors = shape.ancestors()
+    visible = torch.cat((torch.ones(len(nodes), len(text), dtype=torch.bool), ancestors), dim=1)
+    figure = Figure(figsize=(9, 3.9), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.6))
+    tree(left, shape, 2, "A tree of five candidates", labels=True)
+    grid(right, visible, "What each node sees in the one forward that verifies it", nodes, text + nodes)
+    save(figure, "verification")
+
+
+if __name__ == "__main__":
+    masks()
+    trees()
+    verification()

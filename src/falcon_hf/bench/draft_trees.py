@@ -1,0 +1,74 @@
+"""Trees by name or from a file, as a drafter's config holds them: paths of child ranks, or a dynamic tree's fields."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..runtime.dynamic_tree import KIND as DYNAMIC
+from ..runtime.dynamic_tree import DynamicTree
+from ..runtime.tree_shape import TreeShape, chain
+from .errors import BenchError, first_line
+
+PAPER, CHAIN = "paper", "chain"
+
+ConfigTree = list[list[int]] | dict[str, Any]
+
+
+def named_tree(name: str, block_size: int) -> ConfigTree:
+    """``paper`` (of that block size), ``chainN`` (the likeliest N tokens), ``dynamicN`` (N nodes), else a file's tree.
+
+    Raises:
+        BenchError: if it is a file that cannot be read or holds no tree.
+    """
+    if name == PAPER:
+        return as_paths(TreeShape.paper(block_size))
+    if (length := _number(name, CHAIN)) is not None:
+        return as_paths(chain(length))
+    if (nodes := _number(name, DYNAMIC)) is not None:
+        return {"kind": DYNAMIC, "nodes": nodes}
+    return read_tree(name)
+
+
+def read_tree(path: str) -> ConfigTree:
+    """Paths of child ranks, ``[[0], [1], [0, 0]]``, or a dynamic tree's fields, from a JSON file.
+
+    An object with a ``tree``, as ``falcon-hf tune`` writes it, will do as well.
+
+    Raises:
+        BenchError: if the file cannot be read or holds no tree.
+    """
+    try:
+        tree = json.loads(Path(path).read_text(encoding="utf-8"))
+        if isinstance(tree, dict) and "tree" in tree:
+            tree = tree["tree"]
+        if isinstance(tree, dict):
+            # A calibration has tables a block position, which the drafter's config checks; the rest is checked here.
+            DynamicTree.from_config({**tree, "calibration": None}, block_size=1)
+            return tree
+        return as_paths(TreeShape.from_paths(tree))
+    except (OSError, ValueError, TypeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        raise BenchError(f"The tree file {path} cannot be used: {reason}") from error
+
+
+def as_paths(shape: TreeShape) -> list[list[int]]:
+    """A static tree as a config or a result holds it."""
+    return [list(path) for path in shape.paths]
+
+
+def describe_tree(tree: TreeShape | DynamicTree, block_size: int) -> dict[str, Any]:
+    """What a result says of a tree: its paths or fields, drafted nodes and depth (of a dynamic one, the most)."""
+    if isinstance(tree, DynamicTree):
+        fields = {"kind": DYNAMIC, "nodes": tree.nodes, "passes": tree.passes, "width": tree.width}
+        fields |= {"candidates": tree.candidates, "calibrated": tree.calibration is not None}
+        fields["pass_cost"] = tree.pass_cost
+        return {"tree": fields, "tree_nodes": tree.nodes, "tree_depth": tree.depth(block_size)}
+    return {"tree": as_paths(tree), "tree_nodes": tree.size - 1, "tree_depth": tree.depth}
+
+
+def _number(name: str, prefix: str) -> int | None:
+    """N of ``prefixN``, at least 1."""
+    rest = name.removeprefix(prefix)
+    return int(rest) if name.startswith(prefix) and rest.isdecimal() and int(rest) > 0 else None

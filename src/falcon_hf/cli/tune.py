@@ -1,0 +1,243 @@
+"""``falcon-hf tune``: measure a drafter on its target, and find the tree that makes it fastest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..bench.errors import BenchError
+from ..bench.methods.falcon import drafter_folder, weights_sha256
+from ..bench.provenance import describe_target, machine, versions
+from ..tuning.calibrate import CalibrationPlan, NamedDrafter, calibrate
+from ..tuning.calibration import Calibration
+from ..tuning.check import SWEEP_NODES, compare, measure, spread_settings, sweep_settings, write_check
+from ..tuning.choice import Prediction, choose
+from ..tuning.errors import TuningError
+from ..tuning.tree_files import write_drafter_tree
+from .console import fail, parse_device, parse_dtype, print_json, quiet, set_threads, stderr
+from .loading import DEMO, find_demo_drafter, load_drafter, load_target
+from .prompts import read_prompts
+from .tune_plan import curves, simulate
+from .tune_tables import check_table, choice_table, prediction_values
+
+# What must be equal for a stored calibration to be used again.
+_SAME = ("target", "machine", "versions")
+
+
+def tune(
+    prompts: Annotated[
+        Path | None, typer.Option(help="Prompts: Spec-Bench questions (jsonl), jsonl with a 'prompt', or .txt lines.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Calibration file (JSON). If it is there and fits, it is used as it is.")
+    ] = None,
+    target: Annotated[str, typer.Option(help="Hub repo or folder of the target, or 'demo'.")] = DEMO,
+    drafter: Annotated[
+        list[str] | None, typer.Option(help="Folder or Hub repo; give several to choose k among them.")
+    ] = None,
+    num_prompts: Annotated[int | None, typer.Option(help="The first so many; all by default.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens a prompt.")] = 96,
+    max_passes: Annotated[int, typer.Option(min=1, help="m: drafter passes a round, at most.")] = 4,
+    max_nodes: Annotated[int, typer.Option(min=2, help="N: nodes of a tree, the root included, at most.")] = 64,
+    contexts: Annotated[str, typer.Option(help="Context lengths at which verification is timed.")] = "64,256",
+    repeats: Annotated[int, typer.Option(min=1, help="Of each timed call, and of --check.")] = 9,
+    apply: Annotated[
+        Path | None, typer.Option(help="Write the best tree into the config of the drafter in this folder.")
+    ] = None,
+    check: Annotated[
+        Path | None, typer.Option(help="Measure settings beside plain generate() and store them with predictions.")
+    ] = None,
+    check_prompts: Annotated[Path | None, typer.Option(help="Prompts for --check; --prompts by default.")] = None,
+    check_repeats: Annotated[int, typer.Option(min=1, help="Times --check asks each prompt.")] = 1,
+    settings: Annotated[int, typer.Option(min=1, help="How many settings --check measures.")] = 12,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="--check measures the best tree for every k, m and N instead.")
+    ] = False,
+    dynamic: Annotated[
+        bool,
+        typer.Option(
+            "--dynamic", help="--check measures each tree as a dynamic one too; --apply writes a dynamic one."
+        ),
+    ] = False,
+    pictures: Annotated[Path | None, typer.Option(help="Folder for pictures: the best tree, the sweep, plans.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    attention: Annotated[str | None, typer.Option(help="sdpa or eager; the target's own by default.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own by default.")] = None,
+    simulated: Annotated[
+        bool, typer.Option("--simulate", help="Measure nothing: plan for a target's shape and a GPU by a roofline.")
+    ] = False,
+    cost_curves: Annotated[
+        bool,
+        typer.Option("--cost-curves", help="Time a target of --shape with random weights on --device; no download."),
+    ] = False,
+    shape: Annotated[str, typer.Option(help="--simulate: 1B, 7B, 8B, 13B, 70B, or all.")] = "all",
+    gpu: Annotated[str, typer.Option(help="--simulate: a100, h100, ...; see docs/tuning.md.")] = "a100-80gb",
+    gpus: Annotated[int, typer.Option(min=1, help="--simulate: GPUs that share the target.")] = 1,
+    acceptance: Annotated[
+        str, typer.Option(help="--simulate: a named profile, or a calibration file.")
+    ] = "paper-vicuna-7b",
+    mode: Annotated[str, typer.Option(help="--simulate: graph (compiled) or eager.")] = "graph",
+    context: Annotated[int, typer.Option(min=1, help="--simulate: tokens in the cache.")] = 512,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Find the draft tree that is fastest with a drafter, a target and this machine.
+
+    Measures how often the drafter is right and what each step costs, predicts tokens per second for some hundred
+    trees, and shows the best. Several drafters, of other block sizes, are compared. docs/tuning.md explains it.
+
+    Example: falcon-hf tune --prompts questions.jsonl --num-prompts 30 --output tune.json --apply my-drafter
+    """
+    try:
+        if simulated:
+            simulate(shape, gpu, gpus, acceptance, mode, context, max_passes, max_nodes, output, pictures, as_json)
+            return
+        if cost_curves:
+            where = parse_device(device)
+            set_threads(threads)
+            curves(shape, where, parse_dtype(dtype), _numbers(contexts, "--contexts"), max_passes, repeats, output)
+            return
+        if prompts is None or output is None:
+            raise TuningError("Name prompts to measure on and a file to keep: --prompts FILE --output FILE.")
+        plan = CalibrationPlan(
+            max_new_tokens, max_passes, max_nodes, contexts=_numbers(contexts, "--contexts"), repeats=repeats
+        )
+        if apply is not None and not (apply / "config.json").is_file():
+            raise TuningError(f"--apply {apply} is no drafter's folder.")
+        parsed, where = parse_dtype(dtype), parse_device(device)
+        sources = drafter or ([find_demo_drafter()] if target == DEMO else [])
+        if not sources:
+            raise TuningError("Name the target's drafter: --drafter FOLDER_OR_REPO.")
+        set_threads(threads)
+        with quiet():
+            model, tokenizer = load_target(target, parsed, where)
+            if attention is not None:
+                _set_attention(model, attention)
+            asked = read_prompts(prompts, tokenizer, num_prompts)
+            drafters = [_drafter(source, model) for source in sources]
+            digest = hashlib.sha256(prompts.read_bytes()).hexdigest()
+            provenance = {
+                "versions": versions(),
+                "machine": machine(model.device),
+                "target": describe_target(model),
+                "prompts": {
+                    "file": prompts.name,
+                    "sha256": digest,
+                    "count": len(asked),
+                },
+                "plan": {name: getattr(plan, name) for name in plan.__dataclass_fields__},
+            }
+            calibration = _stored(output, provenance, drafters)
+            if calibration is None:
+                calibration = calibrate(model, drafters, asked, plan, provenance, _progress(not as_json))
+                calibration.write(output)
+            found = choose(calibration.options(), max_passes, max_nodes)
+            best = next((prediction for prediction in found if prediction.shape is not None), None)
+            assert best is not None  # chains are always among the candidates
+            assert best.shape is not None
+            if apply is not None:
+                write_drafter_tree(apply, calibration.dynamic(best).tree if dynamic else best.shape)
+            result = None
+            if check is not None:
+                options = calibration.options()
+                chosen = (
+                    sweep_settings(options, range(1, max_passes + 1), [n for n in SWEEP_NODES if n <= max_nodes])
+                    if sweep
+                    else spread_settings(options, settings, max_passes, max_nodes)
+                )
+                if dynamic:
+                    chosen += [calibration.dynamic(one) for one in chosen if one.kind == "tuned"]
+                wanted = asked if check_prompts is None else read_prompts(check_prompts, tokenizer, num_prompts)
+                measured = measure(
+                    model, drafters, wanted, chosen, max_new_tokens, check_repeats, _progress(not as_json)
+                )
+                result = compare(calibration, chosen, measured)
+                write_check(check, result)
+            if pictures is not None:
+                _draw(pictures, calibration, best, result if sweep else None)
+    except (TuningError, BenchError) as error:
+        fail(str(error))
+    _show(found, result, output, apply, as_json)
+
+
+def _show(
+    found: list[Prediction], result: dict[str, Any] | None, output: Path, applied: Path | None, as_json: bool
+) -> None:
+    if as_json:
+        values = {"output": str(output), "predictions": [prediction_values(one) for one in found[:20]]}
+        print_json(values | ({} if result is None else {"check": result}))
+        return
+    choice_table(found)
+    if result is not None:
+        check_table(result)
+    if applied is not None:
+        stderr.print(f"The best tree is now the tree of {applied}.", soft_wrap=True)
+
+
+def _draw(folder: Path, calibration: Calibration, best: Prediction, sweep: dict[str, Any] | None) -> None:
+    from ..tuning.pictures import draw_sweep, draw_tree, save
+
+    assert best.shape is not None
+    option = next(option for option in calibration.options() if option.name == best.drafter)
+    title = f"N = {best.nodes}, m = {best.passes}, k = {best.block_size}: {best.tokens:.2f} tokens a round"
+    save(draw_tree(best.shape, option.model.score, title=title), folder / "tree")
+    if sweep is not None:
+        for kind in dict.fromkeys(entry["kind"] for entry in sweep["settings"]):
+            own = {**sweep, "settings": [entry for entry in sweep["settings"] if entry["kind"] == kind]}
+            save(draw_sweep(own), folder / f"sweep-{kind}")
+
+
+def _drafter(source: str, target: Any) -> NamedDrafter:
+    folder = drafter_folder(source)
+    drafter = load_drafter(str(folder), target)
+    config = drafter.config
+    provenance = {
+        "weights_sha256": weights_sha256(folder),
+        "block_size": config.block_size,
+        "fusion": config.fusion,
+        "draft_vocab_size": config.draft_vocab_size,
+    }
+    return NamedDrafter(source, drafter, provenance)
+
+
+def _stored(path: Path, provenance: dict[str, Any], drafters: list[NamedDrafter]) -> Calibration | None:
+    """The calibration at ``path`` if it is one of these models on this machine; None if there is no file.
+
+    Raises:
+        TuningError: if the file is something else.
+    """
+    if not path.exists():
+        return None
+    calibration = Calibration.read(path)
+    now = json.loads(json.dumps(provenance))
+    known = {drafter.name: drafter.provenance for drafter in calibration.drafters}
+    differs = [name for name in _SAME if calibration.provenance.get(name) != now[name]]
+    if known != {named.name: named.provenance for named in drafters}:
+        differs.append("drafters")
+    if differs:
+        raise TuningError(f"{path} is of other {', '.join(differs)}; choose another --output, or delete it.")
+    stderr.print(f"Using the calibration in {path}.", soft_wrap=True)
+    return calibration
+
+
+def _numbers(text: str, option: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise TuningError(f"{option} is a comma-separated list of whole numbers, got {text!r}.") from error
+
+
+def _set_attention(target: Any, name: str) -> None:
+    try:
+        target.set_attn_implementation(name)
+    except (ValueError, ImportError, KeyError) as error:
+        raise TuningError(f"--attention {name!r} cannot be used: {error}") from error
+
+
+def _progress(shown: bool) -> Any:
+    """Prints what is being done on standard error, one line each."""
+    return (lambda text: stderr.print(f"{text} ...", soft_wrap=True)) if shown else (lambda text: None)

@@ -1,0 +1,94 @@
+"""Auto-off: notices where drafting loses time, and lets the target decode plainly for a while.
+
+All in host time between the ends of two rounds, so no device sync is added. P is the time of a plain round, one token a
+row, timed now and then; a round that drafts and emits n tokens a row loses
+
+    seconds - n P
+
+against plain decoding (gains, if negative). Drafting goes on while the losses so far are within an allowance, a share
+of all time spent and a little to start with; then plain rounds follow until the allowance has room for a new trial. So
+a hopeless drafter costs that share and no more, however bad it is, and one that has become good again is found out.
+
+The text does not depend on it beyond what it depends on any tree: in float32 it is plain decoding's; in half precision
+a tie of rounding size may fall otherwise in another tree, so where the times decide, two runs may differ there.
+
+``tests/runtime/test_speculation_switch.py`` holds the bound by simulation.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+
+_SHARE = 0.025
+# In plain rounds: what may be lost before anything was earned, what a new trial must have room for, and the most that
+# earlier gains may pay for later losses.
+_START = 1.5
+_TRIAL = 2.0
+_SAVED = 4.0
+# Plain rounds are timed at these rounds (the very first is not: buffers are made then), and every so many after.
+_FIRST_PROBES = (2, 5, 9, 14)
+_PROBE_EVERY = 40
+
+
+class SpeculationSwitch:
+    """Says before each round whether to draft.
+
+    Args:
+        enabled: if not, always yes, at no cost.
+        clock: seconds.
+
+    Attributes:
+        drafts: whether the next round is to draft.
+    """
+
+    def __init__(self, enabled: bool, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.drafts = True
+        self._enabled = enabled
+        self._clock = clock
+        self._resting = False
+        self._plain: deque[float] = deque(maxlen=5)
+        self._unrated: list[tuple[float, float]] = []  # rounds that drafted, until a plain one was timed
+        self._lost = 0.0
+        self._spent = 0.0
+        self._rounds = 0
+        self._next_probe = _FIRST_PROBES[0]
+        self._last = clock() if enabled else 0.0
+
+    def start(self) -> None:
+        """The first round begins now."""
+        if self._enabled:
+            self._last = self._clock()
+
+    def record(self, tokens: float) -> None:
+        """A round has ended and emitted ``tokens`` a row that had not ended; sets [`drafts`] for the next."""
+        if not self._enabled:
+            return
+        now = self._clock()
+        seconds, self._last = now - self._last, now
+        self._rounds += 1
+        self._spent += seconds
+        if not self.drafts:
+            self._plain.append(seconds)
+        else:
+            self._unrated.append((seconds, tokens))
+        if self._plain:
+            plain = statistics.median(self._plain)
+            for taken, emitted in self._unrated:
+                self._lost = max(self._lost + taken - emitted * plain, -_SAVED * plain)
+            self._unrated = []
+        self.drafts = self._decide()
+
+    def _decide(self) -> bool:
+        if self._plain:
+            plain = statistics.median(self._plain)
+            room = _SHARE * self._spent + _START * plain - self._lost
+            self._resting = room < (_TRIAL * plain if self._resting else 0)
+        if self._resting:
+            return False
+        if self._rounds + 1 < self._next_probe:
+            return True
+        self._next_probe = next((at for at in _FIRST_PROBES if at > self._rounds + 1), self._rounds + _PROBE_EVERY)
+        return False

@@ -1,0 +1,207 @@
+"""Calibration: all measurements of ``falcon-hf tune``, in one go."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..runtime.modeling_falcon_drafter import FalconDrafter
+from ..runtime.tree_shape import TreeShape, chain
+from .calibration import Calibration, DrafterRecord
+from .choice import Option, predict
+from .cost_measurement import DRAFT_WIDTHS, VERIFY_NODES, plain_decoding, time_drafts, time_verification
+from .errors import TuningError
+from .rank_measurement import GreedyText, greedy_text, measure_ranks, pad
+from .static_tree import best_tree
+
+logger = logging.getLogger(__name__)
+
+# Whole calls of generate() that give the plain speed and what a round costs beside drafting and verification.
+_PROBE_PROMPTS = 4
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt.
+
+    Attributes:
+        ids: ``[1, P]``.
+        task: what sort of prompt it is; settings are compared task by task.
+    """
+
+    ids: torch.Tensor
+    task: str = ""
+
+
+@dataclass(frozen=True)
+class NamedDrafter:
+    """A drafter on its target's device, in its dtype.
+
+    Attributes:
+        name: as the user gave it.
+        drafter: the model; its config is put back after each use.
+        provenance: JSON values for the calibration.
+    """
+
+    name: str
+    drafter: FalconDrafter
+    provenance: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class CalibrationPlan:
+    """How much to measure.
+
+    Attributes:
+        max_new_tokens: of each greedy answer.
+        passes: m, the most passes of a tree.
+        nodes: N, the most nodes of a tree, the root included.
+        width: W, ranks to tell apart.
+        contexts: context lengths at which verification is timed.
+        repeats: of each timed call.
+    """
+
+    max_new_tokens: int = 96
+    passes: int = 4
+    nodes: int = 64
+    width: int = 20
+    contexts: tuple[int, ...] = (64, 256)
+    repeats: int = 9
+
+    def __post_init__(self) -> None:
+        numbers = (self.max_new_tokens - 1, self.passes, self.nodes - 1, self.width, self.repeats, *self.contexts)
+        if min(numbers) < 1 or not self.contexts:
+            raise TuningError(
+                "Calibration needs 2 new tokens, 1 pass, 2 nodes, 1 rank, 1 context of 1 token and 1 repeat at least."
+            )
+
+
+def calibrate(
+    target: PreTrainedModel,
+    drafters: Sequence[NamedDrafter],
+    prompts: Sequence[Prompt],
+    plan: CalibrationPlan,
+    provenance: dict[str, Any],
+    report: Callable[[str], None] = logger.info,
+) -> Calibration:
+    """Measure acceptance and costs.
+
+    Args:
+        target: in evaluation mode.
+        drafters: for this target.
+        prompts: to answer greedily; a few dozen of the kind that will be asked.
+        plan: how much to measure.
+        provenance: JSON values that say what was measured where; kept in the file.
+        report: told what is being done.
+
+    Raises:
+        TuningError: if there is no prompt or drafter, no prompt gets an answer, or a context does not fit the target.
+    """
+    if not prompts or not drafters:
+        raise TuningError("Calibration needs at least one prompt and one drafter.")
+    texts = []
+    for number, prompt in enumerate(prompts, start=1):
+        report(f"Answering prompt {number} of {len(prompts)}")
+        texts.append(greedy_text(target, prompt.ids, plan.max_new_tokens))
+    records = []
+    longest = max(texts, key=lambda text: text.ids.shape[1])
+    for named in drafters:
+        report(f"Recording the ranks of {named.name}")
+        with drafting(named.drafter, chain(1)):
+            ranks = measure_ranks(target, named.drafter, texts, plan.passes, plan.width)
+            report(f"Timing the drafts of {named.name}")
+            times, append = time_drafts(target, named.drafter, longest, plan.passes, DRAFT_WIDTHS, plan.repeats)
+        records.append(DrafterRecord(named.name, named.provenance, ranks.record, ranks.confidence, times, append))
+    report("Timing verification")
+    sizes = sorted({size for size in VERIFY_NODES if size <= plan.nodes} | {plan.nodes})
+    verify_times = time_verification(target, longest.ids, sizes, plan.contexts, plan.repeats)
+    report("Timing whole calls")
+    probes = sorted(zip(prompts, texts, strict=True), key=lambda pair: -pair[1].ids.shape[1])[:_PROBE_PROMPTS]
+    plain, context = _plain_speed(target, probes, plan)
+    bare = Calibration(provenance, tuple(records), verify_times, plain, context, 0.0, 0.0)
+    walk, rest = _round_rest(target, drafters[0].drafter, bare, probes, plan)
+    return Calibration(provenance, tuple(records), verify_times, plain, context, walk, rest)
+
+
+def _plain_speed(
+    target: PreTrainedModel, probes: Sequence[tuple[Prompt, GreedyText]], plan: CalibrationPlan
+) -> tuple[float, float]:
+    """Seconds of a token of plain decoding, and the mean context it had."""
+    options = {"do_sample": False, "max_new_tokens": plan.max_new_tokens}
+    tokens = seconds = contexts = 0.0
+    for prompt, text in probes:
+        count, took = plain_decoding(target, prompt.ids, options)
+        tokens, seconds = tokens + count, seconds + took
+        contexts += count * (text.prompt_length + text.ids.shape[1]) / 2
+    if not tokens:
+        raise TuningError("No prompt got an answer of two tokens or more: give other prompts, or more new tokens.")
+    return seconds / tokens, contexts / tokens
+
+
+@torch.no_grad()
+def _round_rest(
+    target: PreTrainedModel,
+    drafter: FalconDrafter,
+    bare: Calibration,
+    probes: Sequence[tuple[Prompt, GreedyText]],
+    plan: CalibrationPlan,
+) -> tuple[float, float]:
+    """From real calls with a small and a larger tree: seconds of the walk a token, and of a round's rest.
+
+    The rest is what the round took longer than the curves say, so it also corrects them at the sizes that matter.
+    """
+    option: Option = bare.options()[0]
+    k = option.model.block_size
+    shapes = [best_tree(option.model, 8, k), best_tree(option.model, min(plan.nodes, 24), min(plan.passes, 2) * k)]
+    walk = tokens = rest = rounds = 0.0
+    for shape in shapes:
+        if shape is None:
+            continue
+        for prompt, _ in probes:
+            counted = generate_with(target, drafter, shape, prompt.ids, plan.max_new_tokens)
+            expected = predict(option, shape, "given").round_seconds
+            took = counted.total_seconds - counted.prefill_seconds - counted.walk_seconds
+            rest += took - counted.rounds * expected
+            rounds += counted.rounds
+            walk += counted.walk_seconds
+            tokens += counted.new_tokens
+    return (walk / tokens, rest / rounds) if rounds else (0.0, 0.0)
+
+
+def generate_with(
+    target: PreTrainedModel, drafter: FalconDrafter, tree: TreeShape | Any, prompt: torch.Tensor, max_new_tokens: int
+) -> Any:
+    """``generate()`` greedily with a drafter and a tree, a shape or as a config has it; the config is back afterwards.
+
+    Returns:
+        The call's ``GenerationStatistics``.
+    """
+    with drafting(drafter, tree):
+        ids = prompt.to(target.device)
+        target.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            assistant_model=drafter,
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            **pad(target),
+        )
+    return drafter.last_generation
+
+
+@contextmanager
+def drafting(drafter: FalconDrafter, tree: TreeShape | Any) -> Iterator[None]:
+    """Inside the block: the drafter has this tree, and fills it from its own laws alone, whatever its config said."""
+    own = drafter.config.tree, drafter.config.lookup, drafter.config.verifier
+    drafter.config.lookup, drafter.config.verifier = None, "follow"
+    drafter.config.tree = [list(path) for path in tree.paths] if isinstance(tree, TreeShape) else tree
+    try:
+        yield
+    finally:
+        drafter.config.tree, drafter.config.lookup, drafter.config.verifier = own

@@ -1,0 +1,239 @@
+"""Predictions against real calls of ``generate()``: settings measured in turn with plain decoding, and a sweep.
+
+Each prompt is answered by plain decoding and by every setting, one after the other, in an order that rotates from
+prompt to prompt, so that a slow minute of the machine hits all alike. Speeds leave the prefill out, which drafting does
+not change.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..runtime.tree_shape import TreeShape, chain
+from .calibrate import NamedDrafter, Prompt, generate_with
+from .calibration import Calibration, read_json, write_json
+from .choice import Option, Prediction, choose, grid, predict
+from .cost_measurement import plain_decoding
+from .errors import TuningError
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "falcon-hf-check/1"
+SWEEP_PASSES = (1, 2, 3, 4)
+SWEEP_NODES = (8, 16, 24, 32, 48, 64)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one setting, or plain decoding, did on the prompts of one task or all.
+
+    Attributes:
+        calls: of ``generate()``.
+        tokens: emitted, each call's first left out: that one is the prefill's.
+        seconds: decoding, prefills left out.
+        rounds: of Falcon; tokens of plain decoding.
+    """
+
+    calls: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    rounds: int = 0
+
+    def __add__(self, other: Measurement) -> Measurement:
+        return Measurement(
+            self.calls + other.calls,
+            self.tokens + other.tokens,
+            self.seconds + other.seconds,
+            self.rounds + other.rounds,
+        )
+
+    @property
+    def tokens_per_second(self) -> float:
+        """0 if nothing was emitted."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def tokens_per_round(self) -> float:
+        """E as it happened; 0 without a round."""
+        return self.tokens / self.rounds if self.rounds else 0.0
+
+
+def spread_settings(options: Sequence[Option], count: int, max_passes: int, max_nodes: int) -> list[Prediction]:
+    """``count`` settings that differ: the best, the paper's trees and chains, then trees spread over passes and sizes.
+
+    Raises:
+        TuningError: if ``count`` is below 1.
+    """
+    if count < 1:
+        raise TuningError("Ask for at least one setting.")
+    ranked = [prediction for prediction in choose(options, max_passes, max_nodes) if prediction.shape is not None]
+    found = [ranked[0]]
+    for option in options:
+        k = option.model.block_size
+        fixed = [(TreeShape.paper(k).truncate(min(max_passes * k, option.model.depth)), "paper")]
+        fixed += [(chain(k), "chain"), (chain(min(max_passes * k, option.model.depth)), "chain")]
+        found += [predict(option, shape, kind) for shape, kind in fixed if shape.size <= max_nodes]
+    sizes = [size for size in SWEEP_NODES if size <= max_nodes] or [max_nodes]
+    cells = [grid(option, range(1, max_passes + 1), sizes) for option in options]
+    spread = [prediction for one in cells for prediction in one]
+    step = max(len(spread) / max(count - len(found), 1), 1.0)
+    found += [spread[int(index * step)] for index in range(int(len(spread) / step))]
+    unique = {(prediction.drafter, prediction.shape): prediction for prediction in found + ranked}
+    return list(unique.values())[:count]
+
+
+def sweep_settings(options: Sequence[Option], passes: Sequence[int], nodes: Sequence[int]) -> list[Prediction]:
+    """The best tree for each drafter (k), number of passes m and of nodes N."""
+    return [prediction for option in options for prediction in grid(option, passes, nodes)]
+
+
+def measure(
+    target: PreTrainedModel,
+    drafters: Sequence[NamedDrafter],
+    prompts: Sequence[Prompt],
+    settings: Sequence[Prediction],
+    max_new_tokens: int,
+    repeats: int = 1,
+    report: Callable[[str], None] = logger.info,
+) -> list[dict[str, Measurement]]:
+    """Measure plain decoding (index 0) and each setting (from index 1 on), by task.
+
+    Raises:
+        TuningError: if there is no prompt, or a setting's drafter is not among ``drafters``.
+    """
+    by_name = {named.name: named.drafter for named in drafters}
+    missing = [setting.drafter for setting in settings if setting.drafter not in by_name]
+    if missing or not prompts:
+        raise TuningError(f"No drafter {missing[0]!r} is given." if missing else "A check needs at least one prompt.")
+    found: list[dict[str, Measurement]] = [defaultdict(Measurement) for _ in range(len(settings) + 1)]
+
+    def run(index: int, prompt: Prompt, new_tokens: int) -> Measurement:
+        if index == 0:
+            options = {"do_sample": False, "max_new_tokens": new_tokens}
+            tokens, seconds = plain_decoding(target, prompt.ids, options)
+            return Measurement(1, tokens, seconds, tokens)
+        setting = settings[index - 1]
+        counted = generate_with(target, by_name[setting.drafter], setting.tree, prompt.ids, new_tokens)
+        seconds = counted.total_seconds - counted.prefill_seconds
+        return Measurement(1, counted.new_tokens - 1, seconds, counted.rounds)
+
+    for index in range(len(found)):  # first calls cost more
+        run(index, prompts[0], min(max_new_tokens, 8))
+    for turn in range(repeats * len(prompts)):
+        prompt = prompts[turn % len(prompts)]
+        report(f"Prompt {turn + 1} of {repeats * len(prompts)}")
+        for step in range(len(found)):
+            index = (turn + step) % len(found)
+            found[index][prompt.task] += run(index, prompt, max_new_tokens)
+    return [dict(own) for own in found]
+
+
+def compare(
+    calibration: Calibration, settings: Sequence[Prediction], measured: Sequence[dict[str, Measurement]]
+) -> dict[str, Any]:
+    """Predictions beside measurements; JSON values.
+
+    ``error`` is |predicted - measured| / measured tokens per second; None for a dynamic tree, whose prediction is that
+    of a static one of its size. ``best_by_task`` says, for each task, which
+    setting was fastest and how far the predicted best one is from it.
+    """
+    totals = [sum(own.values(), Measurement()) for own in measured]
+    plain = totals[0]
+    entries: list[dict[str, Any]] = []
+    for setting, own, by_task in zip(settings, totals[1:], measured[1:], strict=True):
+        entries.append(
+            {
+                "drafter": setting.drafter,
+                "kind": setting.kind,
+                "block_size": setting.block_size,
+                "passes": setting.passes,
+                "width": setting.width,
+                "nodes": setting.nodes,
+                "tree": setting.tree,
+                "predicted": {
+                    "tokens_per_round": setting.tokens,
+                    "round_seconds": setting.round_seconds,
+                    "tokens_per_second": setting.tokens_per_second,
+                    "speedup": setting.speedup,
+                },
+                "measured": {
+                    "tokens_per_round": own.tokens_per_round,
+                    "round_seconds": own.seconds / own.rounds if own.rounds else 0.0,
+                    "tokens_per_second": own.tokens_per_second,
+                    "speedup": own.tokens_per_second / plain.tokens_per_second,
+                },
+                "by_task": {task: one.tokens_per_second / _plain(measured, task) for task, one in by_task.items()},
+                "error": None if setting.dynamic else abs(setting.tokens_per_second / own.tokens_per_second - 1),
+            }
+        )
+    errors = [entry["error"] for entry in entries if entry["error"] is not None]
+    best = max(range(len(entries)), key=lambda index: entries[index]["predicted"]["tokens_per_second"])
+    return {
+        "format": FORMAT,
+        "provenance": calibration.provenance,
+        "plain": {
+            "predicted": {"tokens_per_second": 1 / calibration.plain_seconds},
+            "measured": {"tokens_per_second": plain.tokens_per_second},
+        },
+        "settings": entries,
+        "summary": {
+            "settings": len(entries),
+            "calls": totals[0].calls,
+            "median_error": statistics.median(errors) if errors else None,
+            "largest_error": max(errors, default=None),
+            "predicted_best": best,
+            "best_by_task": {task: _best(entries, best, task) for task in measured[0]},
+            "best": _best(entries, best, None),
+        },
+    }
+
+
+def _plain(measured: Sequence[dict[str, Measurement]], task: str) -> float:
+    return measured[0][task].tokens_per_second
+
+
+def _best(entries: list[dict[str, Any]], chosen: int, task: str | None) -> dict[str, Any]:
+    """The fastest setting on a task (None: on all), and how much faster it is than the predicted best one."""
+
+    def speed(index: int) -> float:
+        entry = entries[index]
+        return float(entry["measured"]["speedup"] if task is None else entry["by_task"][task])
+
+    fastest = max(range(len(entries)), key=speed)
+    names = ("drafter", "kind", "block_size", "passes", "width", "nodes")
+    return {
+        "setting": fastest,
+        **{name: entries[fastest][name] for name in names},
+        "speedup": speed(fastest),
+        "chosen_speedup": speed(chosen),
+        "chosen_falls_short_by": 1 - speed(chosen) / speed(fastest),
+    }
+
+
+def read_check(path: Path) -> dict[str, Any]:
+    """A result of [`compare`] from a file.
+
+    Raises:
+        TuningError: if it is none.
+    """
+    value = read_json(path)
+    if value.get("format") != FORMAT or not isinstance(value.get("settings"), list):
+        raise TuningError(f"{path} is not a result of falcon-hf tune --check.")
+    return value
+
+
+def write_check(path: Path, value: dict[str, Any]) -> None:
+    """Write a result of [`compare`].
+
+    Raises:
+        TuningError: if the file cannot be written.
+    """
+    write_json(path, value)

@@ -1,0 +1,82 @@
+"""``falcon-hf train``, as a user types it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from falcon_hf import FalconDrafter
+
+from .conftest import assert_refused
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory, repos, tiny_target):
+    from ..bench.tiny import VOCABULARY
+
+    target, path = tiny_target(vocab_size=VOCABULARY), tmp_path_factory.mktemp("text") / "text.jsonl"
+    rows = []
+    for seed in range(16):
+        prompt = torch.randint(1, VOCABULARY, (1, 5), generator=torch.Generator().manual_seed(seed))
+        out = target.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=16, do_sample=False)
+        rows.append({"p": prompt[0].tolist(), "r": out[0, 5:].tolist()})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def command(repos, text, output, *more):
+    fixed = ("--held-out", 4, "--log-every", 3, "--eval-every", 3, "--save-every", 3, "--device", "cpu", "--threads", 1)
+    return (
+        "train", "--data", text, "--target", repos / "target", "--output", output, "--cache", output / "cache",
+        "--dtype", "float32", *fixed, *more,
+    )  # fmt: skip
+
+
+def test_a_drafter_from_one_command(run, repos, text, tmp_path):
+    tree = tmp_path / "tree.json"
+    tree.write_text("[[0], [1], [0, 0]]")
+    result = run(
+        *command(repos, text, tmp_path, "--steps", 6, "--tree", tree, "--block-size", 3, "--warmup", 1),
+        "--config", "intermediate_size=32", "--option", "rollout_weight=0.5", "--compute", "float32",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert result.stdout == ""
+    for words in ("12 dialogues", "step 3/6", "held out: loss", "tokens a round", "pass 1, top 1 / 3 / 10", "saved to"):
+        assert words in result.stderr
+    drafter = FalconDrafter.from_pretrained(tmp_path)
+    assert drafter.config.block_size == 3
+    assert drafter.config.intermediate_size == 32
+    assert drafter.config.tree == [[0], [1], [0, 0]]
+    recipe = json.loads((tmp_path / "recipe.json").read_text())
+    assert recipe["arguments"]["rollout_weight"] == 0.5
+    assert recipe["machine"]["threads"] == 1
+    shape = ("--block-size", 3, "--config", "intermediate_size=32")
+    other = run(*command(repos, text, tmp_path, "--steps", 9, "--resume"))
+    assert other.exit_code == 2
+    assert "another training" in other.stderr
+    assert "block_size" in other.stderr
+    assert "intermediate_size" in other.stderr
+    again = run(*command(repos, text, tmp_path, "--steps", 9, "--resume", *shape))
+    assert again.exit_code == 0, again.output
+    assert "step 9/9" in again.stderr
+    assert "step 6/9" not in again.stderr
+
+
+def test_whatever_is_wrong_is_one_line(run, repos, text, tmp_path, no_hub):
+    assert_refused(run(*command(repos, tmp_path / "none.jsonl", tmp_path)), "no training data")
+    assert_refused(run(*command(repos, text, tmp_path, "--compute", "int8")), "--compute")
+    assert_refused(run(*command(repos, text, tmp_path, "--option", "x")), "NAME=JSON")
+    assert_refused(run(*command(repos, text, tmp_path, "--option", "depth=3")), "depth")
+    assert_refused(run(*command(repos, text, tmp_path, "--config", "fusion_layers=two")), "JSON")
+    assert_refused(run(*command(repos, text, tmp_path, "--feature-layers", "a,b")), "--feature-layers")
+    assert_refused(run(*command(repos, text, tmp_path, "--tree", tmp_path / "none.json")), "none.json")
+    assert_refused(run(*command(repos, text, tmp_path, "--lora-rank", 2)), "init_from")
+    assert_refused(run(*command(repos, text, tmp_path, "--held-out", 16)), "16 dialogues")
+
+
+def test_a_drafter_to_go_on_from_must_be_one(run, repos, text, tmp_path):
+    result = run(*command(repos, text, tmp_path, "--init-from", repos / "target"))
+    assert result.exit_code == 2
+    assert "not a Falcon drafter" in result.stderr

@@ -1,0 +1,177 @@
+"""``falcon-hf tune`` as a user types it, on a tiny chat model on disk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from falcon_hf import FalconDrafter, TreeShape
+from falcon_hf.tuning.calibration import Calibration
+from falcon_hf.tuning.roofline import SHAPES, TargetShape
+
+from .conftest import Run, assert_refused
+
+LINES = [
+    {"question_id": index, "category": task, "turns": [f"Question {index}?"]}
+    for index, task in enumerate(("sums", "tales", "sums"))
+]
+
+
+@pytest.fixture(scope="session")
+def home(repos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with prompts in three forms, a copy of the drafter, and a calibration."""
+    folder = tmp_path_factory.mktemp("tune")
+    (folder / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    (folder / "prompts.jsonl").write_text('{"prompt": "One?"}\n{"prompt": "Two?"}\n')
+    (folder / "prompts.txt").write_text("One?\n\nTwo?\nThree?\n")
+    shutil.copytree(repos / "drafter", folder / "drafter")
+    return folder
+
+
+def options(repos: Path, home: Path, **changed: Any) -> list[str]:
+    given: dict[str, Any] = {
+        "prompts": home / "questions.jsonl", "output": home / "tune.json", "target": repos / "target",
+        "drafter": home / "drafter", "dtype": "float32", "max_new_tokens": 8, "max_passes": 2, "max_nodes": 8,
+        "contexts": "16,40", "repeats": 1, "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in (given | changed).items()]
+    return ["tune", *(part for pair in pairs for part in pair)]
+
+
+def test_tune_check_and_apply(run: Run, repos: Path, home: Path) -> None:
+    result = run(*options(repos, home, settings=3, check=home / "check.json", apply=home / "drafter", pictures=home))
+    assert result.exit_code == 0, result.output
+    for word in ("Predicted, prefill left out", "| tuned |", "| plain |", "Fastest on sums", "median"):
+        assert word in result.stdout
+    calibration = Calibration.read(home / "tune.json")
+    assert calibration.provenance["target"]["dtype"] == "float32"
+    assert calibration.provenance["prompts"]["count"] == 3
+    assert calibration.drafters[0].provenance["block_size"] == 2
+    check = json.loads((home / "check.json").read_text())
+    assert len(check["settings"]) == 3
+    assert {"sums", "tales"} == set(check["settings"][0]["by_task"])
+    tree = FalconDrafter.from_pretrained(home / "drafter").config.tree
+    assert TreeShape.from_paths(tree).size <= 8
+    assert (home / "tree.svg").is_file()
+
+    again = run(*options(repos, home, check=home / "sweep.json", pictures=home / "p"), "--sweep", "--json")
+    assert again.exit_code == 0, again.output
+    assert "Using the calibration" in again.stderr
+    shown = json.loads(again.stdout)
+    assert [entry["passes"] for entry in shown["check"]["settings"]] == [1, 2]
+    assert (home / "p" / "sweep-tuned.png").is_file()
+
+    other = run(*options(repos, home, dtype="bfloat16"))
+    assert_refused(other, "tune.json is of other target", "--output")
+
+
+@pytest.mark.parametrize(("name", "count"), [("prompts.jsonl", 2), ("prompts.txt", 3)])
+def test_other_prompt_files(run: Run, repos: Path, home: Path, tmp_path: Path, name: str, count: int) -> None:
+    result = run(*options(repos, home, prompts=home / name, output=tmp_path / "tune.json"), "--json")
+    assert result.exit_code == 0, result.output
+    assert Calibration.read(tmp_path / "tune.json").provenance["prompts"]["count"] == count
+    assert json.loads(result.stdout)["predictions"][0]["tokens_per_second"] > 0
+
+
+def test_two_drafters_are_compared(run: Run, repos: Path, home: Path, tmp_path: Path, tiny_drafter: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    target = AutoModelForCausalLM.from_pretrained(repos / "target", dtype="auto")
+    tiny_drafter(target, 3).save_pretrained(tmp_path / "three")
+    given = options(repos, home, output=tmp_path / "tune.json")
+    result = run(*given, "--drafter", tmp_path / "three", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)["predictions"]
+    assert {one["block_size"] for one in found if one["tree"]} <= {2, 3}
+    assert len(Calibration.read(tmp_path / "tune.json").drafters) == 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"prompts": "none.jsonl"}, ("none.jsonl", "cannot be read")),
+        ({"num_prompts": 9}, ("3 questions", "1 to 3")),
+        ({"contexts": "64,x"}, ("--contexts", "64,x")),
+        ({"apply": "nowhere"}, ("--apply nowhere",)),
+        ({"contexts": "4000", "output": "new.json"}, ("512 positions",)),
+    ],
+)
+def test_bad_input_is_refused(run: Run, repos: Path, home: Path, changed: dict[str, Any], words: Any) -> None:
+    result = run(*options(repos, home, **changed), "--json")
+    assert_refused(result, *words)
+
+
+def test_dynamic_trees_are_measured_and_applied(run: Run, repos: Path, home: Path, tmp_path: Path) -> None:
+    shutil.copytree(repos / "drafter", tmp_path / "drafter")
+    given = options(repos, home, drafter=tmp_path / "drafter", output=tmp_path / "t.json", num_prompts=1)
+    given += ["--check", tmp_path / "check.json", "--apply", tmp_path / "drafter", "--dynamic", "--sweep"]
+    result = run(*given)
+    assert result.exit_code == 0, result.output
+    entries = json.loads((tmp_path / "check.json").read_text())["settings"]
+    assert "dynamic" in [entry["kind"] for entry in entries]
+    assert all((entry["error"] is None) == (entry["kind"] == "dynamic") for entry in entries)
+    assert FalconDrafter.from_pretrained(tmp_path / "drafter").config.tree["kind"] == "dynamic"
+
+
+def test_prompts_and_output_are_needed(run: Run) -> None:
+    assert_refused(run("tune"), "--prompts FILE --output FILE")
+
+
+def test_simulate(run: Run, tmp_path: Path) -> None:
+    given = ("--simulate", "--shape", "7B", "--gpu", "h100-sxm", "--max-passes", 2, "--max-nodes", 12)
+    result = run("tune", *given, "--output", tmp_path / "plan.json", "--pictures", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "Best speedup as acceptance falls" in result.stdout
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    (own,) = plan["plans"]
+    assert [one["block_size"] for one in own["by_block_size"]] == [1, 2, 3, 4]
+    assert own["limit"][-1]["speedup"] > own["limit"][0]["speedup"]
+    assert {"limit.svg", "block_size.png", "scaling.svg"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_simulate_with_a_calibration(run: Run, repos: Path, home: Path, tmp_path: Path) -> None:
+    assert run(*options(repos, home, output=tmp_path / "tune.json"), "--json").exit_code == 0
+    result = run("tune", "--simulate", "--shape", "1B", "--acceptance", tmp_path / "tune.json", "--max-nodes", 8,
+                 "--max-passes", 2, "--json")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    (own,) = json.loads(result.stdout)["plans"]
+    assert [one["block_size"] for one in own["by_block_size"]] == [2]
+
+
+def test_cost_curves(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHAPES, "TINY", TargetShape("TINY", 2, 64, 4, 2, 96, 128))
+    given = ("tune", "--cost-curves", "--shape", "tiny", "--contexts", "8", "--max-passes", 2, "--repeats", 1)
+    result = run(*given, "--dtype", "float32", "--output", tmp_path / "curves.json")
+    assert result.exit_code == 0, result.output
+    assert "Verification, tiny" in result.stdout
+    found = json.loads((tmp_path / "curves.json").read_text())
+    assert set(found["drafts_by_block_size"]) == {"1", "2", "3", "4"}
+    assert found["machine"]["device"] == "cpu"
+    assert_refused(run(*given), "--output FILE")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (("--gpu", "tpu"), ("no one GPU 'tpu'",)),
+        (("--shape", "3B"), ("no target shape",)),
+        (("--acceptance", "great"), ("--acceptance", "great")),
+        (("--shape", "70B"), ("does not fit", "give 2")),
+        (("--mode", "fast"), ("graph or eager",)),
+    ],
+)
+def test_impossible_plans_are_refused(run: Run, given: tuple[str, ...], words: tuple[str, ...]) -> None:
+    assert_refused(run("tune", "--simulate", *given), *words)
+
+
+def test_generate_trace(run: Run, repos: Path) -> None:
+    given = ("generate", "--target", repos / "target", "--drafter", repos / "drafter", "--max-new-tokens", 8, "Hello")
+    result = run(*given, "--trace")
+    assert result.exit_code == 0, result.output
+    assert "accepted draft, rejected draft, the target's own token" in result.stdout
+    assert_refused(run(*given, "--trace", "--json"), "--trace")

@@ -1,0 +1,181 @@
+"""Auto-off: its bound by simulation, and texts and drafts that do not depend on when it drafts."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from falcon_hf import FalconCandidateGenerator
+from falcon_hf.runtime import generation, speculation_switch
+from falcon_hf.runtime.committed_pairs import CommittedPairs
+from falcon_hf.runtime.speculation_switch import SpeculationSwitch
+
+from .helpers import assert_same_text, bushy_tree, prompt_ids
+from .test_batch import ENDING, GREEDY, batch, both
+from .test_candidate_generator import VOCAB, committed, deep_tree
+from .test_generation import SAMPLED
+
+TREE = bushy_tree(VOCAB, 3, 12)
+
+
+def simulate(
+    tokens: int, cost: float, accepted: Callable[[int], float], noise: float = 0.0, seed: int = 0
+) -> tuple[float, int]:
+    """Time of a text in plain rounds, and how many rounds drafted.
+
+    Args:
+        tokens: length of the text.
+        cost: time of a round that drafts, a plain one being 1.
+        accepted: drafts accepted by a round at a token of the text, on average.
+        noise: relative spread of all times.
+        seed: of noise and acceptance.
+    """
+    draw, now, emitted, drafted = random.Random(seed), 0.0, 0, 0
+    switch = SpeculationSwitch(True, clock=lambda: now)
+    switch.start()
+    while emitted < tokens:
+        drafts = switch.drafts
+        drafted += drafts
+        now += (cost if drafts else 1.0) * (1 + noise * draw.uniform(-1, 1))
+        mean = accepted(emitted) if drafts else 0.0
+        new = 1
+        while new < 8 and draw.random() < mean / (1 + mean):  # geometric, of that mean
+            new += 1
+        emitted += new
+        switch.record(new)
+    return now, drafted
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.2])
+@pytest.mark.parametrize("tokens", [64, 128, 512, 2000])
+@pytest.mark.parametrize("cost", [1.1, 1.35, 2.2])
+def test_a_hopeless_drafter_costs_five_percent_at_most(cost, tokens, noise):
+    times = [simulate(tokens, cost, lambda _: 0.0, noise, seed)[0] for seed in range(20)]
+    assert sum(times) / 20 < 1.05 * tokens
+
+
+def test_without_the_switch_it_costs_more(monkeypatch):
+    """The control: an allowance of everything."""
+    monkeypatch.setattr(speculation_switch, "_SHARE", 10.0)
+    assert simulate(128, 1.35, lambda _: 0.0)[0] > 1.3 * 128
+
+
+@pytest.mark.parametrize(("cost", "mean"), [(1.1, 0.6), (1.35, 1.5), (2.2, 2.5)])
+def test_a_good_drafter_drafts_on(cost, mean):
+    """Within 7% of drafting in every round; the dearest of these gains little anyway."""
+    times = [simulate(500, cost, lambda _: mean, 0.2, seed)[0] for seed in range(10)]
+    capped = sum((mean / (1 + mean)) ** n for n in range(1, 8))
+    assert sum(times) / 10 < 1.07 * 500 * cost / (1 + capped)
+
+
+def test_a_drafter_that_becomes_good_is_found_out():
+    time, drafted = simulate(2000, 1.35, lambda at: 0.0 if at < 500 else 2.0)
+    assert time < 500 * 1.05 + 1500 * 0.75
+    assert drafted > 300
+
+
+def test_one_that_becomes_bad_is_dropped():
+    time, _ = simulate(2000, 1.5, lambda at: 2.0 if at < 500 else 0.0)
+    assert time < 500 * 0.8 + 1500 * 1.05
+
+
+def test_off_is_off():
+    switch = SpeculationSwitch(False, clock=pytest.fail)
+    switch.start()
+    for _ in range(200):
+        switch.record(1)
+        assert switch.drafts
+
+
+class Alternating(SpeculationSwitch):
+    """Drafts in runs of one to five rounds, whatever the time."""
+
+    def __init__(self, enabled: bool) -> None:
+        super().__init__(False)
+        self._draw = random.Random(1)
+        self._left = 2
+
+    def record(self, tokens: float) -> None:
+        self._left -= 1
+        if self._left == 0:
+            self.drafts, self._left = not self.drafts, self._draw.randint(1, 5)
+
+
+@pytest.mark.parametrize("fusion", ["lstm", "linear"])
+@pytest.mark.parametrize("options", [{"do_sample": False}, SAMPLED], ids=["greedy", "sampled"])
+def test_text_is_plain_text_whenever_it_drafts(tiny_target, tiny_drafter, monkeypatch, options, fusion):
+    monkeypatch.setattr(generation, "SpeculationSwitch", Alternating)
+    target = tiny_target(VOCAB)
+    drafter = tiny_drafter(target, 2, fusion, tree=TREE)
+    for inputs in (prompt_ids(VOCAB, 6), batch()):
+        assert_same_text(target, drafter, inputs, max_new_tokens=60, pad_token_id=0, **options)
+        stats = drafter.last_generation
+        assert 0 < stats.plain_rounds < stats.rounds
+        assert stats.accepted > 0
+        assert stats.row_rounds + stats.accepted + stats.rows == stats.new_tokens
+
+
+def test_rows_that_end_while_it_rests(tiny_target, tiny_drafter, monkeypatch):
+    monkeypatch.setattr(generation, "SpeculationSwitch", Alternating)
+    target = tiny_target(VOCAB)
+    drafter = tiny_drafter(target, 2, tree=TREE)
+    for seed in range(3):
+        both(target, drafter, batch(seed=seed), **(GREEDY | ENDING | {"max_new_tokens": 50}))
+
+
+def test_with_the_real_clock(tiny_target, tiny_drafter):
+    """On a tiny target any drafting loses, and is given up."""
+    target = tiny_target(VOCAB)
+    drafter = tiny_drafter(target, 2, tree={"kind": "dynamic", "nodes": 8, "passes": 3}, auto_off=True)
+    assert_same_text(target, drafter, prompt_ids(VOCAB, 6), max_new_tokens=120, do_sample=False)
+    assert drafter.last_generation.plain_rounds > drafter.last_generation.rounds // 2
+
+
+class Row:
+    """What the pairs read of an ``Emission``."""
+
+    def __init__(self, tokens: torch.Tensor) -> None:
+        self.ids, self.ended = tokens[:, :0], False
+
+
+def pairs_error(drafter: Any, target: Any, held: list[bool], lose: bool = False) -> float:
+    """Largest difference of the next draft's features between rounds that were held back and not."""
+    rows, drafter = 3, drafter.double()
+    texts = [committed(target, 30, seed=row) for row in range(rows)]
+    features = []
+    for holds in (held, [False] * len(held)):
+        generator = FalconCandidateGenerator(drafter, target, rows=rows)
+        emissions = [Row(tokens) for _, tokens in texts]
+        pairs = CommittedPairs(generator, emissions)  # type: ignore[arg-type]
+        draw, ends = random.Random(0), [4, 2, 7]
+        for row, end in enumerate(ends):
+            emissions[row].ids = texts[row][1][:, :end]
+        pairs.add_prompt([states[:, :end].double() for (states, _), end in zip(texts, ends, strict=True)])
+        for index, hold in enumerate(holds):
+            emissions[1].ended = index > 1
+            paths, nodes = [], torch.zeros(rows, 6, texts[0][0].shape[-1], dtype=torch.float64)
+            for row in range(rows):
+                path = sorted(draw.sample(range(6), draw.randint(1, 3)))
+                if row == 1 and index > 1:
+                    path = []
+                nodes[row, path] = texts[row][0][0, ends[row] : ends[row] + len(path)].double()
+                ends[row] += len(path)
+                emissions[row].ids = texts[row][1][:, : ends[row]]
+                paths.append(path)
+            if not (lose and hold):
+                pairs.add_round(nodes, paths, hold)
+        features.append(generator.context.first_pass()[0][[0, 2]])
+    return float((features[0] - features[1]).abs().max() / features[1].abs().max())
+
+
+@pytest.mark.parametrize("fusion", ["lstm", "linear"])
+def test_held_rounds_reach_the_drafter(tiny_target, tiny_drafter, fusion):
+    target = tiny_target(VOCAB)
+    drafter = tiny_drafter(target, 2, fusion, tree=deep_tree(2))
+    held = [False, True, True, False, True, False]
+    assert pairs_error(drafter, target, held) < 1e-9
+    assert pairs_error(drafter, target, held, lose=True) > 1e-3  # the control

@@ -1,0 +1,82 @@
+"""The documentation's claims: tests that it cites, code that it shows, and options that it names exist."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from falcon_hf.cli import app
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+def names(path: Path) -> set[str]:
+    """Functions and classes of a file, methods included."""
+    found = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    return {node.name for node in found if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+
+
+def cited() -> list[tuple[str, str]]:
+    """(file, test) of each test that the questions cite."""
+    text = (ROOT / "docs" / "faq.md").read_text(encoding="utf-8")
+    return re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
+
+
+def test_cited_tests_exist() -> None:
+    assert len(cited()) > 25
+    for file, test in cited():
+        assert test in names(ROOT / file), f"docs/faq.md cites {file}::{test}"
+
+
+def test_every_answer_cites_a_test() -> None:
+    text = (ROOT / "docs" / "faq.md").read_text(encoding="utf-8")
+    questions = re.split(r"^\*\*", text, flags=re.MULTILINE)[1:]
+    assert len(questions) > 20
+    for question in questions:
+        assert "`tests/" in question, question.partition("**")[0]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_python_compiles_and_commands_know_their_options(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for code in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        ast.parse(code)
+    for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            command = re.match(r"falcon-hf (\w+)", line)
+            if command is not None:
+                shown = CliRunner().invoke(app, [command[1], "--help"], env={"COLUMNS": "200"})
+                assert shown.exit_code == 0, line
+                for option in re.findall(r"(?<=\s)--[a-z-]+", line):
+                    assert option in shown.output, f"{page.name}: {line}"
+
+
+def test_links_to_pictures_and_their_code() -> None:
+    for page in PAGES:
+        for picture in re.findall(r"\]\((pictures/[^)]+)\)", page.read_text(encoding="utf-8")):
+            assert (ROOT / "docs" / picture).is_file()
+    drawn = re.findall(r'save\(figure, "(\w+)"\)', (ROOT / "docs" / "pictures" / "draw.py").read_text(encoding="utf-8"))
+    assert {path.stem for path in (ROOT / "docs" / "pictures").glob("*.svg")} == set(drawn)
+
+
+def test_pictures_are_drawn_from_todays_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tree's node count in the title comes from the shipped drafter's config: a changed tree needs new pictures."""
+    spec = importlib.util.spec_from_file_location("draw", ROOT / "docs" / "pictures" / "draw.py")
+    assert spec is not None
+    assert spec.loader is not None
+    draw = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(draw)
+    monkeypatch.setattr(draw, "HERE", tmp_path)
+    draw.trees()
+    titles = [
+        re.findall(r">([^<>]*nodes[^<>]*)<", (folder / "trees.svg").read_text(encoding="utf-8"))
+        for folder in (tmp_path, ROOT / "docs" / "pictures")
+    ]
+    assert titles[0] == titles[1]
+    assert len(titles[0]) == 2

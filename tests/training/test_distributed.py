@@ -1,0 +1,72 @@
+"""Two gloo processes give the curve of one process at the same global batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import json, os, sys
+from tests.conftest import make_tiny_target, make_tiny_drafter
+from tests.training.conftest import make_text
+from falcon_hf.training.arguments import FalconTrainingArguments
+from falcon_hf.training.batches import DialogueDataset
+from falcon_hf.training.trainer import FalconTrainer
+import torch
+
+torch.set_num_threads(1)
+folder, rows, share = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+target = make_tiny_target(24)
+drafter = make_tiny_drafter(target, 2, "linear", tree=[[0], [0, 0], [0, 0, 0]])
+args = FalconTrainingArguments(
+    output_dir=folder, max_steps=6, per_device_train_batch_size=rows, per_device_eval_batch_size=rows,
+    learning_rate=3e-3, warmup_steps=1, logging_steps=1, save_strategy="no", report_to="none", use_cpu=True,
+    disable_tqdm=True,
+    ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
+    rollout_passes=2, rollout_start=0.0, rollout_share=1.0,
+    first_pass_share=share, seed=int(sys.argv[4]),
+)
+text = make_text(target, 32)
+trainer = FalconTrainer(drafter, args, target, DialogueDataset(text), DialogueDataset(make_text(target, 8, seed=4)))
+trainer.train()
+metrics = trainer.evaluate()
+if trainer.is_world_process_zero():
+    curve = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    weights = [float(weight.double().norm()) for weight in trainer.model.parameters()]
+    print("RESULT" + json.dumps({"curve": curve, "weights": weights, "world": args.world_size,
+                                 "metrics": {k: v for k, v in metrics.items() if isinstance(v, float)}}))
+"""
+
+
+def run(folder: Path, processes: int, rows: int, share: float, seed: int = 0) -> dict:
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    root = Path(__file__).parents[2]
+    paths = [str(root), str(root / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    command = [sys.executable, str(script), str(folder), str(rows), str(share), str(seed)]
+    if processes > 1:
+        port = 29500 + os.getpid() % 2000
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+        command = [*torchrun, "--master-port", str(port), *command[1:]]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = [line for line in done.stdout.splitlines() if "RESULT" in line]
+    return json.loads(line[line.index("RESULT") + len("RESULT") :])
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(tmp_path):
+    one, two = run(tmp_path, 1, 8, 0.5), run(tmp_path, 2, 4, 0.5)
+    assert (one["world"], two["world"]) == (1, 2)
+    assert two["curve"] == pytest.approx(one["curve"], rel=1e-4)
+    assert two["weights"] == pytest.approx(one["weights"], rel=1e-4)
+    assert two["metrics"]["eval_tau"] == pytest.approx(one["metrics"]["eval_tau"], rel=1e-9)
+    assert two["metrics"]["eval_loss"] == pytest.approx(one["metrics"]["eval_loss"], rel=1e-3)
+    # The control: other draws are another curve.
+    assert run(tmp_path, 1, 8, 0.5, seed=1)["curve"] != pytest.approx(one["curve"], rel=1e-2)

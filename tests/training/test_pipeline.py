@@ -1,0 +1,153 @@
+"""From text to a drafter's folder: new, continued, adapted; and its recipe."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from falcon_hf import FalconDrafter
+from falcon_hf.training.arguments import FalconTrainingArguments
+from falcon_hf.training.errors import TrainingError
+from falcon_hf.training.pipeline import TrainingPlan, default_learning_rate, make_drafter, train_drafter
+
+from ..runtime.helpers import assert_same_text, prompt_ids
+from .conftest import VOCAB
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory, tiny_text):
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    with path.open("w") as file:
+        for begin, end in zip(tiny_text.offsets, tiny_text.offsets[1:], strict=False):
+            row = {
+                "input_ids": tiny_text.tokens[begin:end].tolist(),
+                "loss_mask": tiny_text.loss_mask[begin:end].astype(int).tolist(),
+            }
+            file.write(json.dumps(row) + "\n")
+    (path.parent / "recipe.json").write_text('{"temperature": 0}')
+    return path
+
+
+def arguments(folder, **given):
+    settings = {
+        "max_steps": 8,
+        "per_device_train_batch_size": 4,
+        "warmup_steps": 2,
+        "logging_steps": 4,
+        "eval_strategy": "steps",
+        "eval_steps": 4,
+        "save_steps": 4,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return FalconTrainingArguments(output_dir=str(folder / "checkpoints"), **settings | given)
+
+
+def plan_of(text_file, folder, **given):
+    settings = {"held_out": 6, "cache": folder / "cache", "save_dtype": "float32", "tree": [[0], [1], [0, 0]]}
+    return TrainingPlan(text_file, folder / "drafter", **settings | given)
+
+
+def train(text_file, target, folder, resume=False, given=None, **plan):
+    args = arguments(folder, **given or {})
+    return train_drafter(plan_of(text_file, folder, **plan), args, target, resume=resume)
+
+
+def test_a_folder_that_generate_takes_and_a_recipe(tiny_target, text_file, tmp_path):
+    target = tiny_target(VOCAB)
+    train(text_file, target, tmp_path, draft_vocab_size=20)
+    drafter = FalconDrafter.from_pretrained(tmp_path / "drafter")
+    assert_same_text(target, drafter, prompt_ids(VOCAB, 5), max_new_tokens=20)
+    assert drafter.config.target_fingerprint
+    assert drafter.config.embedding_scale != 1.0
+    assert len(drafter.draft_vocab_ids) == 20
+    recipe = json.loads((tmp_path / "drafter" / "recipe.json").read_text())
+    assert recipe["data"]["recipe"] == {"temperature": 0}
+    assert recipe["data"]["dialogues"] == 34
+    assert len(recipe["data"]["sha256"]) == 64
+    assert recipe["plan"]["block_size"] == 2
+    assert recipe["arguments"]["max_steps"] == 8
+    assert recipe["arguments"]["glance_lambda"] == 0.4
+    assert recipe["run"]["steps"] == 8
+    assert recipe["run"]["positions_seen"] > 100
+    assert recipe["run"]["peak_memory_bytes"] > 1e7
+    assert [entry["step"] for entry in recipe["curve"] if "eval_tau" in entry] == [4, 8]
+    assert recipe["made_with"]["falcon_hf"]
+
+
+def test_resume_and_a_folder_in_use(tiny_target, text_file, tmp_path):
+    target = tiny_target(VOCAB)
+    with pytest.raises(TrainingError, match="no checkpoint"):
+        train(text_file, target, tmp_path, resume=True)
+    train(text_file, target, tmp_path)
+    with pytest.raises(TrainingError, match="resume it"):
+        train(text_file, target, tmp_path)
+    train(text_file, target, tmp_path, resume=True, given={"max_steps": 12})
+    recipe = json.loads((tmp_path / "drafter" / "recipe.json").read_text())
+    assert recipe["run"]["steps"] == 12
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_a_trained_drafter_goes_on(tiny_target, tiny_drafter, text_file, tmp_path, lora_rank):
+    """All weights, or low-rank additions that are merged: the change of each matrix has that rank."""
+    target = tiny_target(VOCAB)
+    first = tiny_drafter(target, 2, "linear", draft_vocab_size=20)
+    first.draft_vocab_ids.copy_(torch.arange(4, 24))
+    first.save_pretrained(tmp_path / "first")
+    train(
+        text_file, target, tmp_path, init_from=str(tmp_path / "first"), lora_rank=lora_rank,
+        given={"learning_rate": 1e-2}, tree=[[0], [1], [2]],
+    )  # fmt: skip
+    second = FalconDrafter.from_pretrained(tmp_path / "drafter")
+    assert second.draft_vocab_ids.tolist() == list(range(4, 24))
+    assert second.config.tree == [[0], [1], [2]]
+    assert set(second.state_dict()) == set(first.state_dict())
+    change = (second.fusion.linear.weight - first.fusion.linear.weight).double()
+    assert change.abs().max() > 1e-3
+    rank = int((torch.linalg.svdvals(change) > 1e-4 * torch.linalg.svdvals(change)[0]).sum())
+    assert rank == 2 if lora_rank else rank > 20
+    assert_same_text(target, second, prompt_ids(VOCAB, 5), max_new_tokens=12)
+
+
+def test_bad_plans_are_told(tiny_target, tiny_drafter, text_file, tmp_path, tiny_text):
+    target = tiny_target(VOCAB)
+    for given, words in (
+        ({"features": "some"}, "cached, live"),
+        ({"save_dtype": "int8"}, "save_dtype"),
+        ({"lora_rank": 4}, "init_from"),
+    ):
+        with pytest.raises(TrainingError, match=words):
+            plan_of(text_file, tmp_path, **given)
+    for given, words in (
+        ({"block_size": 99}, "block_size"),
+        ({"fusion": "sum"}, "fusion"),
+        ({"config": {"depth": 3}}, "depth"),
+        ({"draft_vocab_size": 99}, "draft_vocab_size"),
+    ):
+        with pytest.raises(TrainingError, match=words):
+            make_drafter(plan_of(text_file, tmp_path, **given), target, tiny_text, tiny_text)
+    tiny_drafter(tiny_target(VOCAB + 1), 2).save_pretrained(tmp_path / "other")
+    with pytest.raises(TrainingError, match="25 tokens"):
+        make_drafter(plan_of(text_file, tmp_path, init_from=str(tmp_path / "other")), target, tiny_text, tiny_text)
+
+
+def test_features_go_to_disk_only_if_half_of_it_is_free(tiny_target, text_file, tmp_path, monkeypatch):
+    from falcon_hf.training import pipeline
+
+    target, said = tiny_target(VOCAB), []
+    for fits in (False, True):
+        monkeypatch.setattr(pipeline, "cache_fits", lambda folder, size, fits=fits: fits)
+        folder = tmp_path / str(fits)
+        plan = plan_of(text_file, folder)
+        train_drafter(plan, arguments(folder, max_steps=1, eval_strategy="no"), target, report=said.append)
+        assert (folder / "cache" / "index.json").is_file() == fits
+    assert sum("on the fly" in line for line in said) == 1
+
+
+def test_default_learning_rate_meets_both_known_points():
+    assert default_learning_rate(576) == pytest.approx(1e-3)
+    assert default_learning_rate(64) == pytest.approx(1e-3)
+    assert default_learning_rate(4096) == pytest.approx(3e-5, rel=0.05)

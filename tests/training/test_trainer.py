@@ -1,0 +1,236 @@
+"""``FalconTrainer``: it learns, resumes, and does the same on the fly, on several processes and in pieces."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from falcon_hf import FalconDrafter
+from falcon_hf.training.arguments import FalconTrainingArguments
+from falcon_hf.training.batches import DialogueDataset
+from falcon_hf.training.features import FeatureCache, cache_key
+from falcon_hf.training.initialisation import near_identity_start
+from falcon_hf.training.laws import LawCache
+from falcon_hf.training.losses import DraftHead
+from falcon_hf.training.trainer import FalconTrainer
+
+from .conftest import VOCAB, make_text
+
+
+def fresh(tiny_drafter, target, block_size=2, fusion="linear", **config):
+    drafter = tiny_drafter(target, block_size, fusion, tree=[[0], [0, 0], [0, 0, 0], [1], [2]], **config)
+    near_identity_start(drafter, 1.0, 0.5)
+    return drafter
+
+
+def arguments(folder, **given):
+    settings = {
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 3e-3,
+        "warmup_steps": 2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "vocabulary_weight": 0.05,
+    }
+    return FalconTrainingArguments(output_dir=str(folder), **settings | given)
+
+
+def losses(trainer):
+    return {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
+
+
+def train(drafter, target, text, folder, resume=None, features=None, **given):
+    trainer = FalconTrainer(drafter, arguments(folder, **given), target, DialogueDataset(text, features))
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("block_size", "fusion", "config", "given"),
+    [
+        (2, "linear", {}, {}),
+        (1, "linear", {}, {"rollout_passes": 3, "rollout_start": 0.0}),
+        (3, "lstm", {}, {"first_pass_share": 0.25}),
+        (4, "linear", {"draft_vocab_size": 16}, {"rollout_passes": 2, "rollout_start": 0.0, "glance_loss": "all"}),
+        (2, "linear", {"num_hidden_layers": 2}, {"rollout_passes": 2, "rollout_start": 0.0}),
+        (2, "lstm_stateless", {}, {"glance_lambda": 0.0, "noise": 0.0, "max_steps": 70}),
+    ],
+)
+def test_it_learns(tiny_target, tiny_drafter, tiny_text, tmp_path, block_size, fusion, config, given):
+    """Every kind of drafter: held-out losses of both kinds fall, and the target stays as it was."""
+    target = tiny_target(VOCAB)
+    before = {name: weight.clone() for name, weight in target.state_dict().items()}
+    trainer = FalconTrainer(
+        fresh(tiny_drafter, target, block_size, fusion, **config),
+        arguments(tmp_path, **{"max_steps": 30} | given),
+        target,
+        DialogueDataset(tiny_text),
+        DialogueDataset(make_text(target, 8, seed=5)),
+    )
+    at_first = trainer.evaluate()
+    trainer.train()
+    at_last = trainer.evaluate()
+    assert at_last["eval_smooth_l1"] < 0.95 * at_first["eval_smooth_l1"]
+    assert at_last["eval_kl"] < 0.95 * at_first["eval_kl"]
+    assert all(torch.equal(weight, before[name]) for name, weight in target.state_dict().items())
+    noted = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
+    assert {"smooth_l1", "kl", "agreement", "positions_seen", "positions_per_second"} <= set(noted)
+    assert ("pass2_kl" in noted) == (given.get("rollout_passes", 1) > 1)
+    assert ("glanced" in noted) == (given.get("glance_lambda", 0.4) > 0)
+
+
+class KilledError(RuntimeError):
+    pass
+
+
+class KillAt(TrainerCallback):
+    """The process dies in the middle of a step."""
+
+    def __init__(self, step):
+        self._step = step
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == self._step:
+            raise KilledError
+
+
+@pytest.mark.parametrize("killed_at", [4, 7])
+def test_killed_and_resumed_is_the_same_curve(tiny_target, tiny_drafter, tiny_text, tmp_path, killed_at):
+    """Glancing, noise, alignments, rollout, dropout-free layers, order of rows: all as if nothing had happened."""
+    target = tiny_target(VOCAB)
+    given = {
+        "max_steps": 14,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "rollout_passes": 2,
+        "rollout_start": 0.2,
+        "first_pass_share": 0.5,
+    }
+    whole = train(fresh(tiny_drafter, target), target, tiny_text, tmp_path / "whole", **given)
+    broken = FalconTrainer(
+        fresh(tiny_drafter, target),
+        arguments(tmp_path / "broken", **given),
+        target,
+        DialogueDataset(tiny_text),
+        callbacks=[KillAt(killed_at)],
+    )
+    with pytest.raises(KilledError):
+        broken.train()
+    torch.manual_seed(99)  # nothing may hang on the global generator
+    resumed = train(fresh(tiny_drafter, target, seed=8), target, tiny_text, tmp_path / "broken", resume=True, **given)
+    assert losses(resumed) == losses(whole)
+    assert len(losses(whole)) == 14
+    weights, others = (trainer.model.state_dict() for trainer in (whole, resumed))
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    assert resumed.positions_seen == whole.positions_seen
+    # The control: another seed is another curve.
+    other = train(fresh(tiny_drafter, target), target, tiny_text, tmp_path / "other", **given, seed=1)
+    assert losses(other) != losses(whole)
+
+
+def test_features_on_the_fly_are_the_cached_ones(tiny_target, tiny_drafter, tiny_text, tmp_path):
+    """The same curve; the tolerance is the cache's bfloat16."""
+    target = tiny_target(VOCAB)
+    key = cache_key(target, tiny_text, 512, None)
+    cache = FeatureCache.build(tmp_path / "cache", target, tiny_text, key)
+    live = losses(train(fresh(tiny_drafter, target), target, tiny_text, tmp_path, noise=0.0, glance_lambda=0.0))
+    cached = losses(
+        train(fresh(tiny_drafter, target), target, tiny_text, tmp_path, None, cache, noise=0.0, glance_lambda=0.0)
+    )
+    assert list(cached.values()) == pytest.approx(list(live.values()), rel=0.01)
+
+
+def test_cached_laws_are_the_same_curve(tiny_target, tiny_drafter, tiny_text, tmp_path):
+    target = tiny_target(VOCAB)
+    cache = FeatureCache.build(tmp_path / "cache", target, tiny_text, cache_key(target, tiny_text, 512, None))
+    laws = LawCache.build(cache, DraftHead(target.lm_head.weight.detach()))
+    curves = []
+    for of in (None, laws):
+        data = DialogueDataset(tiny_text, cache, 0, of)
+        given = {"vocabulary_weight": 1.0, "rollout_passes": 2, "rollout_start": 0.0}
+        trainer = FalconTrainer(fresh(tiny_drafter, target), arguments(tmp_path, **given), target, data)
+        trainer.train()
+        curves.append(list(losses(trainer).values()))
+    assert curves[1] == pytest.approx(curves[0], rel=2e-3)
+
+
+def test_accumulated_batches_are_one_batch(tiny_target, tiny_drafter, tmp_path):
+    """Rows draw by their place in the global batch, so pieces draw what the whole does."""
+    target = tiny_target(VOCAB)
+    text = make_text(target, 16, shortest=14, longest=14)
+    text = text.subset(
+        np.flatnonzero(text.lengths == text.lengths[0])
+    )  # rows of one length: a mean of means is the mean
+    given = {"glance_lambda": 0.0, "max_steps": 3, "rollout_passes": 1}
+    whole = losses(train(fresh(tiny_drafter, target), target, text, tmp_path, per_device_train_batch_size=4, **given))
+    parts = losses(
+        train(
+            fresh(tiny_drafter, target),
+            target,
+            text,
+            tmp_path,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            **given,
+        )
+    )
+    assert list(parts.values()) == pytest.approx(list(whole.values()), rel=1e-4)
+
+
+def test_bfloat16_is_near_float32(tiny_target, tiny_drafter, tiny_text, tmp_path):
+    target = tiny_target(VOCAB)
+    curves = [
+        list(losses(train(fresh(tiny_drafter, target), target, tiny_text, tmp_path, bf16=bf16)).values())
+        for bf16 in (False, True)
+    ]
+    assert curves[1] == pytest.approx(curves[0], rel=0.03)
+    assert curves[1] != curves[0]
+
+
+def test_a_checkpoint_is_a_drafter(tiny_target, tiny_drafter, tiny_text, tmp_path):
+    target = tiny_target(VOCAB)
+    trainer = train(
+        fresh(tiny_drafter, target), target, tiny_text, tmp_path, max_steps=2, save_strategy="steps", save_steps=2
+    )
+    loaded = FalconDrafter.from_pretrained(tmp_path / "checkpoint-2")
+    trained = trainer.model.state_dict()
+    assert all(torch.equal(weight, trained[name]) for name, weight in loaded.state_dict().items())
+    state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["global_step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"glance_loss": "some"}, "glance_loss"),
+        ({"rollout_passes": 0}, "rollout_passes"),
+        ({"kl_weight": -1.0}, "kl_weight"),
+        ({"first_pass_share": 0.0}, "first_pass_share"),
+        ({"glance_lambda": 1.5}, "glance_lambda"),
+        ({"glance_longest_run": 0}, "glance_longest_run"),
+    ],
+)
+def test_impossible_arguments_are_refused(tmp_path, given, words):
+    with pytest.raises(ValueError, match=words):
+        arguments(tmp_path, **given)
+
+
+def test_a_rollout_of_a_recurrent_fusion_is_refused(tiny_target, tiny_drafter, tiny_text, tmp_path):
+    target = tiny_target(VOCAB)
+    with pytest.raises(ValueError, match="linear"):
+        train(
+            fresh(tiny_drafter, target, fusion="lstm"),
+            target,
+            tiny_text,
+            tmp_path,
+            rollout_passes=2,
+            rollout_start=0.0,
+        )
