@@ -83,7 +83,7 @@ class SiblingDraws:
         """The token ``[1]`` behind a visited node of ``row``, from the target's law p ``[1, V]`` there."""
         proposals = tree.proposals
         if proposals is None:  # the root alone
-            return torch.multinomial(p[0].to(self.generator.device), 1, generator=self.generator)
+            return self._draw(p[0].to(self.generator.device))
         law = proposals.law(row, node, p.shape[-1])
         children = tree.tokens[row].to(law.device)[proposals.children[node]]
         return self.choose(p[0].to(law.device), law, children)
@@ -96,8 +96,13 @@ class SiblingDraws:
         accepted = torch.cat(
             (tried[:-1] * draft_chances < target_chances, torch.ones_like(tried[:1], dtype=torch.bool))
         )
-        drawn = torch.multinomial(rest, 1, generator=self.generator)
-        return torch.cat((children, drawn))[accepted.int().argmax()][None]
+        # gather, because indexing by a scalar tensor would read it on the host.
+        return torch.cat((children, self._draw(rest))).gather(0, accepted.int().argmax(0, keepdim=True))
+
+    def _draw(self, law: torch.Tensor) -> torch.Tensor:
+        """One token ``[1]`` from ``[V]``; unlike ``torch.multinomial``, which checks its input, without a sync."""
+        noise = torch.empty_like(law).exponential_(generator=self.generator)
+        return (law / noise.clamp_min(torch.finfo(law.dtype).tiny)).argmax(0, keepdim=True)
 
 
 def rejection_chances(

@@ -12,6 +12,7 @@ import torch
 
 from falcon_hf import FalconDrafter, TreeShape
 from falcon_hf.tuning.calibration import Calibration
+from falcon_hf.tuning.roofline import SHAPES, TargetShape
 
 from .conftest import Run, assert_refused
 
@@ -140,6 +141,18 @@ def test_simulate_with_a_calibration(run: Run, repos: Path, home: Path, tmp_path
     assert result.exit_code == 0, result.output
     (own,) = json.loads(result.stdout)["plans"]
     assert [one["block_size"] for one in own["by_block_size"]] == [2]
+
+
+def test_cost_curves(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHAPES, "TINY", TargetShape("TINY", 2, 64, 4, 2, 96, 128))
+    given = ("tune", "--cost-curves", "--shape", "tiny", "--contexts", "8", "--max-passes", 2, "--repeats", 1)
+    result = run(*given, "--dtype", "float32", "--output", tmp_path / "curves.json")
+    assert result.exit_code == 0, result.output
+    assert "Verification, tiny" in result.stdout
+    found = json.loads((tmp_path / "curves.json").read_text())
+    assert set(found["drafts_by_block_size"]) == {"1", "2", "3", "4"}
+    assert found["machine"]["device"] == "cpu"
+    assert_refused(run(*given), "--output FILE")
 
 
 @pytest.mark.parametrize(

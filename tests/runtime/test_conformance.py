@@ -2,7 +2,7 @@
 
 A cell passes if tokens and random state are those of plain ``generate()`` and the final cache's next-token logits
 those of a forward without a cache, with prompts beyond the window of 8 where a family has one. Each row's control, a
-cache whose accepted rows are not moved into place, must fail the second comparison.
+cache whose accepted rows are not moved into place (for chain families: a tree), must fail the second comparison.
 
 After a change: ``FALCON_HF_WRITE_TABLE=1 pytest -m slow tests/runtime/test_conformance.py``.
 """
@@ -16,14 +16,16 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers.cache_utils import StaticLayer
 
-from falcon_hf.runtime.target import TREE_FAMILIES
+from falcon_hf.runtime import generation
+from falcon_hf.runtime.target import FAMILIES, TREE_FAMILIES
 from falcon_hf.runtime.target_session import TargetSession, cache_key
 
-from .families import SHAPE, tiny_family
+from .families import CHAIN_FAMILIES, SHAPE, tiny_family
 from .helpers import assert_same_text, bushy_tree, prompt_ids, returned_cache
 from .test_batch import VOCAB, batch
-from .test_families import PAIRS
+from .test_families import PAIRS, class_of
 from .test_static_cache import CROPPABLE
 
 TABLE = Path(__file__).parents[2] / "docs" / "conformance.md"
@@ -32,6 +34,21 @@ BATCHES = {1: (11,), 4: (3, 13, 6, 9)}
 MODES: tuple[dict[str, Any], ...] = ({"do_sample": False}, {"do_sample": True, "temperature": 0.8, "top_k": 12})
 # Families that are not served, with what their config needs to be made here.
 REFUSED: dict[str, dict[str, Any]] = {"mamba": {}, "qwen3_next": {}}
+CHAIN_PAIRS = [
+    (family, attention)
+    for family in CHAIN_FAMILIES
+    for attention in ("eager", "sdpa")
+    if attention == "eager" or class_of(family.split()[0])._supports_sdpa
+]
+# One family of each kind of mask; test_attention_implementations.py has the others.
+FLEX_PAIRS = [(family, "flex_attention") for family in ("llama", "mistral", "gemma2", "cohere2")]
+# Cells that cannot be: by family and cache or batch, what the error says, and what the table says.
+REFUSED_CELLS: dict[tuple[str, str | int], tuple[str, str]] = {
+    ("falcon (ALiBi)", "static"): ("too many values to unpack|size of tensor", "not in transformers"),
+    ("lfm2", "static"): ("convolution states in it", "refused: convolutions"),
+    ("lfm2", 4): ("one by one", "refused: one row at a time"),
+    ("mpt", 4): ("one by one", "refused: one row at a time"),
+}
 _ROWS: dict[tuple[str, str], list[str]] = {}
 
 
@@ -39,7 +56,10 @@ def final_cache_error(target: Any, sequences: torch.Tensor, prompt_mask: torch.T
     """Largest difference of the next-token logits, with the cache and without, over the largest; ``[B, L]`` rows."""
     mask = torch.cat((prompt_mask, torch.ones_like(sequences[:, prompt_mask.shape[1] :])), dim=1)
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    last = {"attention_mask": mask, "position_ids": positions[:, -1:], "use_cache": True, cache_key(target): cache}
+    held = mask
+    if target.config.model_type == "bloom" and isinstance(cache.layers[0], StaticLayer):
+        held = torch.nn.functional.pad(mask, (0, cache.layers[0].max_cache_len - mask.shape[1]))  # it wants it whole
+    last = {"attention_mask": held, "position_ids": positions[:, -1:], "use_cache": True, cache_key(target): cache}
     with torch.no_grad():
         free = target(sequences, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, -1]
         cached = target(sequences[:, -1:], **last).logits[:, -1]
@@ -52,7 +72,8 @@ def generate_cell(target: Any, drafter: Any, cache: str, rows: int, mode: dict[s
     key = cache_key(target)
     per_call: list[dict[str, Any]] = [{}, {}]  # for the plain call and for Falcon's
     if cache == "own dynamic":
-        per_call = [{key: DynamicCache()} for _ in per_call]
+        config = {"config": target.config} if target.config.model_type == "lfm2" else {}  # it has no other kind
+        per_call = [{key: DynamicCache(**config)} for _ in per_call]
     elif cache == "static":
         per_call[1] = {"cache_implementation": "static"}
     elif cache == "continued":
@@ -66,34 +87,52 @@ def generate_cell(target: Any, drafter: Any, cache: str, rows: int, mode: dict[s
     return final_cache_error(target, falcon.sequences, inputs["attention_mask"], returned_cache(falcon))
 
 
+def cell(target: Any, drafter: Any, family: str, cache: str, rows: int) -> str:
+    """What the table says of a cell, after trying it."""
+    if cache == "static" and not CROPPABLE:
+        return "refused: this transformers cannot crop static layers"
+    refused = REFUSED_CELLS.get((family, cache)) or REFUSED_CELLS.get((family, rows))
+    if refused is not None:
+        message, entry = refused
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            generate_cell(target, drafter, cache, rows, MODES[0])
+        return entry
+    for mode in MODES:
+        assert generate_cell(target, drafter, cache, rows, mode) < 1e-4
+    return "chain" if family in CHAIN_FAMILIES else "pass"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "attention"), PAIRS)
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize(("family", "attention"), PAIRS + CHAIN_PAIRS + FLEX_PAIRS)
 def test_row(family, attention, tiny_drafter, monkeypatch):
     target = tiny_family(family, attention)
-    drafter = tiny_drafter(target, tree=bushy_tree(VOCAB, 3, 12))
-    cells = []
-    for cache in CACHES:
-        for rows in BATCHES:
-            if cache == "continued" and rows > 1:
-                continue
-            if cache == "static" and not CROPPABLE:
-                cells.append("refused: this transformers cannot crop static layers")
-                continue
-            for mode in MODES:
-                assert generate_cell(target, drafter, cache, rows, mode) < 1e-4
-            cells.append("pass")
-    _ROWS[family, attention] = cells
-    monkeypatch.setattr(TargetSession, "_gather", lambda *_: None)
-    broken = 0.0
-    for seed in range(8):  # a tree may by chance accept nothing but its first path
-        torch.manual_seed(seed)
-        inputs = batch(BATCHES[1], seed)
-        out = target.generate(
-            **inputs, max_new_tokens=16, do_sample=False, assistant_model=drafter, return_dict_in_generate=True
-        )
-        error = final_cache_error(target, out.sequences, inputs["attention_mask"], returned_cache(out))
-        broken = max(broken, error)
-    assert broken > 1e-3
+    drafter = tiny_drafter(target, tree=bushy_tree(VOCAB, 3, 12), intermediate_size=96)
+    # Compiled flex attention does not build on every CPU, see test_attention_implementations.py.
+    with torch.compiler.set_stance("force_eager" if attention == "flex_attention" else "default"):
+        cells = [
+            cell(target, drafter, family, cache, rows)
+            for cache in CACHES
+            for rows in BATCHES
+            if cache != "continued" or rows == 1
+        ]
+        _ROWS[family, attention] = cells
+        if family in CHAIN_FAMILIES:
+            monkeypatch.setattr(generation, "chain_shape", lambda *_: None)
+        else:
+            monkeypatch.setattr(TargetSession, "_gather", lambda *_: None)
+        broken = 0.0
+        for seed in range(8):  # a tree may by chance accept nothing but its first path
+            torch.manual_seed(seed)
+            inputs = batch(BATCHES[1], seed)
+            out = target.generate(
+                **inputs, max_new_tokens=16, do_sample=False, assistant_model=drafter, return_dict_in_generate=True
+            )
+            error = final_cache_error(target, out.sequences, inputs["attention_mask"], returned_cache(out))
+            broken = max(broken, error)
+            if broken > 1e-3:
+                return
+        raise AssertionError("the comparison did not see the broken cache")
 
 
 @pytest.mark.parametrize("family", REFUSED)
@@ -121,18 +160,24 @@ def table() -> str:
     ]
     for family, attention in sorted(_ROWS):
         lines.append(f"| {family} | {attention} | " + " | ".join(_ROWS[family, attention]) + " |")
-    families = ", ".join(f"{name} (ALiBi)" if name == "falcon" else name for name in REFUSED)
+    refused = "; ".join(f"{name}: {FAMILIES[name].why}" for name in REFUSED)
+    chains = "; ".join(f"{name}: {FAMILIES[name].why}" for name in sorted(CHAIN_FAMILIES))
     lines += [
         "",
-        f"Refused with an error, because their state is sequential or their positions go by cache slot: {families}.",
-        "gemma2 and gpt_oss have no sdpa attention in transformers themselves.",
+        f"*chain*: no tree but its likeliest path, in an ordinary causal forward ({chains}).",
+        "",
+        f"Refused with an error before anything is generated: {refused}.",
+        "",
+        "gemma2 and gpt_oss have no sdpa attention in transformers themselves, nor have bloom and mpt. Flash attention",
+        "falls back to sdpa for the call. flex_attention is run uncompiled here, with one family of each kind of mask;",
+        "`test_attention_implementations.py` runs it with all that have it.",
     ]
     return "\n".join(lines) + "\n"
 
 
 @pytest.mark.slow
 def test_the_table_in_the_docs_is_this_one():
-    assert {family for family, _ in _ROWS} == set(TREE_FAMILIES), "run the whole file"
+    assert {family for family, _ in _ROWS} == set(TREE_FAMILIES) | set(CHAIN_FAMILIES), "run the whole file"
     if os.environ.get("FALCON_HF_WRITE_TABLE"):
         TABLE.write_text(table(), encoding="utf-8")
     assert TABLE.read_text(encoding="utf-8") == table()

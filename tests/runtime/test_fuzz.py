@@ -20,6 +20,7 @@ from falcon_hf.runtime.target_session import cache_key
 from .families import tiny_family
 from .helpers import run
 from .test_batch import VOCAB, batch
+from .test_conformance import CHAIN_PAIRS, REFUSED_CELLS
 from .test_families import PAIRS
 from .test_static_cache import CROPPABLE
 
@@ -58,12 +59,30 @@ def random_tree(draw: random.Random, block_size: int) -> list[list[int]]:
     return paths
 
 
+def random_dynamic_tree(draw: random.Random) -> dict[str, Any]:
+    """A dynamic tree, and in half of the cases a lookup beside it."""
+    tree = {
+        "kind": "dynamic",
+        "nodes": draw.randint(1, 24),
+        "passes": draw.randint(1, 3),
+        "width": draw.randint(1, 5),
+        "candidates": draw.randint(1, 10),
+        "pass_cost": draw.choice([None, None, 0.1]),
+    }
+    lookup = {"length": draw.randint(1, 8), "min_match": draw.randint(1, 3)}
+    return {"tree": tree, "lookup": draw.choice([None, lookup])}
+
+
 def draw_case(seed: int) -> dict[str, Any]:
     """Everything about one case, from its seed."""
     draw = random.Random(seed)
-    family, attention = draw.choice(PAIRS)
+    family, attention = draw.choice(PAIRS + CHAIN_PAIRS)
     block_size = draw.randint(1, 4)
-    rows = draw.choice([1, 1, 1, 2, 4])
+    rows = 1 if (family, 4) in REFUSED_CELLS else draw.choice([1, 1, 1, 2, 4])
+    caches = ["default", "default", "dynamic", "static"] if CROPPABLE else ["default", "dynamic"]
+    caches = [kind for kind in caches if (family, kind) not in REFUSED_CELLS]
+    if family == "lfm2":  # a bare dynamic cache has no place for its convolutions
+        caches.remove("dynamic")
     options: dict[str, Any] = {"max_new_tokens": draw.randint(1, 24), **draw.choice(PROCESSORS)}
     options |= {"do_sample": True, **draw.choice(SAMPLING)} if draw.random() < 0.4 else {"do_sample": False}
     if draw.random() < 0.5:
@@ -75,9 +94,9 @@ def draw_case(seed: int) -> dict[str, Any]:
         "fusion": draw.choice(FUSIONS),
         "layers": draw.choice([1, 1, 2]),
         "draft_vocabulary": draw.choice([None, 12]),
-        "tree": random_tree(draw, block_size),
+        "tree": random_dynamic_tree(draw) if draw.random() < 0.4 else {"tree": random_tree(draw, block_size)},
         "lengths": tuple(draw.randint(1, 40) for _ in range(rows)),
-        "cache": draw.choice(["default", "default", "dynamic", "static"] if CROPPABLE else ["default", "dynamic"]),
+        "cache": draw.choice(caches),
         "options": options,
     }
 
@@ -93,9 +112,11 @@ def test_random_configurations(chunk, tiny_drafter):
             target,
             block_size=case["block_size"],
             fusion=case["fusion"],
-            tree=case["tree"],
+            auto_off=seed % 5 == 0,
+            **case["tree"],
             num_hidden_layers=case["layers"],
             draft_vocab_size=case["draft_vocabulary"],
+            intermediate_size=96,
         )
         inputs, options = batch(case["lengths"], seed), case["options"]
 

@@ -21,7 +21,7 @@ from ..tuning.tree_files import write_drafter_tree
 from .console import fail, parse_device, parse_dtype, print_json, quiet, set_threads, stderr
 from .loading import DEMO, find_demo_drafter, load_drafter, load_target
 from .prompts import read_prompts
-from .tune_plan import simulate
+from .tune_plan import curves, simulate
 from .tune_tables import check_table, choice_table, prediction_values
 
 # What must be equal for a stored calibration to be used again.
@@ -71,6 +71,10 @@ def tune(
     simulated: Annotated[
         bool, typer.Option("--simulate", help="Measure nothing: plan for a target's shape and a GPU by a roofline.")
     ] = False,
+    cost_curves: Annotated[
+        bool,
+        typer.Option("--cost-curves", help="Time a target of --shape with random weights on --device; no download."),
+    ] = False,
     shape: Annotated[str, typer.Option(help="--simulate: 1B, 7B, 8B, 13B, 70B, or all.")] = "all",
     gpu: Annotated[str, typer.Option(help="--simulate: a100, h100, ...; see docs/tuning.md.")] = "a100-80gb",
     gpus: Annotated[int, typer.Option(min=1, help="--simulate: GPUs that share the target.")] = 1,
@@ -91,6 +95,11 @@ def tune(
     try:
         if simulated:
             simulate(shape, gpu, gpus, acceptance, mode, context, max_passes, max_nodes, output, pictures, as_json)
+            return
+        if cost_curves:
+            where = parse_device(device)
+            set_threads(threads)
+            curves(shape, where, parse_dtype(dtype), _numbers(contexts, "--contexts"), max_passes, repeats, output)
             return
         if prompts is None or output is None:
             raise TuningError("Name prompts to measure on and a file to keep: --prompts FILE --output FILE.")
@@ -174,7 +183,7 @@ def _draw(folder: Path, calibration: Calibration, best: Prediction, sweep: dict[
 
     assert best.shape is not None
     option = next(option for option in calibration.options() if option.name == best.drafter)
-    title = f"{best.nodes} nodes, {best.passes} passes of k = {best.block_size}, {best.tokens:.2f} tokens a round"
+    title = f"N = {best.nodes}, m = {best.passes}, k = {best.block_size}: {best.tokens:.2f} tokens a round"
     save(draw_tree(best.shape, option.model.score, title=title), folder / "tree")
     if sweep is not None:
         for kind in dict.fromkeys(entry["kind"] for entry in sweep["settings"]):

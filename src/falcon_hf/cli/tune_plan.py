@@ -5,11 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from ..bench.provenance import machine, versions
 from ..tuning.calibration import write_json
 from ..tuning.choice import Prediction
-from ..tuning.plan import PROFILES, best_by_block_size, limit_curve, options_for
+from ..tuning.cost_curves import measure_curves
+from ..tuning.errors import TuningError
+from ..tuning.plan import BLOCK_SIZES, PROFILES, best_by_block_size, limit_curve, options_for
 from ..tuning.roofline import SHAPES, gpu_named, shape_named
-from .console import print_json
+from .console import print_json, quiet
 from .tune_tables import prediction_values, show_table
 
 
@@ -65,6 +70,32 @@ def simulate(
     _best_table(plans, f"Simulated: {card.name}, {mode}, {context} tokens of context, acceptance {acceptance}")
     if plans[0]["limit"]:
         _limit_table(plans)
+
+
+def curves(
+    shape: str, device: torch.device, dtype: torch.dtype, contexts: tuple[int, ...], passes: int, repeats: int,
+    output: Path | None,
+) -> None:  # fmt: skip
+    """Measure cost curves of one shape on this device with random weights, and keep them with the device's name.
+
+    Raises:
+        TuningError: without a file to keep them in, or one shape.
+    """
+    if output is None or shape == "all":
+        raise TuningError("Name one shape and a file to keep: --cost-curves --shape 1B --output FILE.")
+    with quiet():
+        found = measure_curves(shape_named(shape), BLOCK_SIZES, device, dtype, contexts, passes, repeats)
+    write_json(output, found | {"machine": machine(device), "versions": versions()})
+    rows = [
+        [str(time["context"]), str(time["nodes"]), f"{1000 * time['seconds']:.2f}"] for time in found["verify_times"]
+    ]
+    show_table(f"Verification, {shape}", ["context", "nodes", "ms"], rows)
+    rows = [
+        [k, str(time["passes"]), str(time["width"]), f"{1000 * time['seconds']:.2f}"]
+        for k, one in found["drafts_by_block_size"].items()
+        for time in one["times"]
+    ]
+    show_table(f"Drafts; plain decoding {1000 * found['plain_seconds']:.2f} ms a token", ["k", "m", "n", "ms"], rows)
 
 
 def _best_table(plans: list[dict[str, Any]], title: str) -> None:

@@ -218,11 +218,10 @@ def _summary(source: CardSource, target: str) -> str:
 
 def _facts(source: CardSource) -> str:
     config = source.config
-    nodes = "the paper's tree for this block size" if config.tree is None else f"{len(config.tree)} nodes"
     rows = {
         "drafter": f"{describe(config).rstrip('.')}",
         "parameters": f"{source.parameters / 1e6:.1f} million, {8 * source.bytes_per_weight} bits each",
-        "tree": nodes,
+        "tree": _tree(config),
         "target": f"{config.target_name_or_path or 'unknown'} ({config.target_model_type or 'unknown'} family), "
         f"vocabulary {config.vocab_size:,}, hidden size {config.hidden_size:,}",
         "serves": "this target and its close fine-tunes; another model gets a `TargetMismatchWarning`",
@@ -231,6 +230,14 @@ def _facts(source: CardSource) -> str:
     if language:
         rows["languages"] = ", ".join([language] if isinstance(language, str) else language)
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def _tree(config: FalconDrafterConfig) -> str:
+    if config.tree is None:
+        return "the paper's tree for this block size"
+    if isinstance(config.tree, dict):
+        return ", ".join(f"{name} {value}" for name, value in config.tree.items())
+    return f"{len(config.tree)} nodes"
 
 
 def _training(recipe: dict[str, Any]) -> str:

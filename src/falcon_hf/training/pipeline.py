@@ -283,7 +283,7 @@ def _features(
     say: Report,
     progress: Progress | None,
 ) -> FeatureCache | None:
-    """The feature cache, filled with the features that the text came with if it did, or None for features on the fly."""
+    """The feature cache, filled with features that came with the text if any did; None for features on the fly."""
     if plan.features == "live":
         say("features are computed on the fly")
         return None

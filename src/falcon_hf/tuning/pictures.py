@@ -72,7 +72,7 @@ def draw_tree(
     )  # fmt: skip
     texts = labels or ["root", *(str(path[-1]) for path in shape.paths)]
     for path, text, value in zip(nodes, texts, values, strict=True):
-        axes.annotate(text, place[path], ha="center", va="center", fontsize=6, color="white", zorder=3)
+        axes.annotate(text, place[path], ha="center", va="center", fontsize=6, color=_ink(value), zorder=3)
         if path and len(nodes) <= _MOST_LABELS:
             below = {"xytext": (0, -13), "textcoords": "offset points"}
             axes.annotate(f"{value:.2f}", place[path], ha="center", fontsize=6, color="0.3", **below)
@@ -84,6 +84,11 @@ def draw_tree(
     axes.spines[:].set_visible(False)
     axes.set_title(title)
     return figure
+
+
+def _ink(value: float) -> str:
+    """What can be read on the colour of a value from 0 to 1."""
+    return "black" if value > 0.6 else "white"
 
 
 def _places(nodes: Sequence[NodePath]) -> dict[NodePath, tuple[float, float]]:
@@ -133,7 +138,15 @@ def draw_sweep(check: Mapping[str, Any], value: str = "speedup", source: str = "
         for row, line in enumerate(table):
             for column, number in enumerate(line):
                 if number == number:
-                    axes.text(column, row, f"{number:.2f}", ha="center", va="center", fontsize=7, color="white")
+                    axes.text(
+                        column,
+                        row,
+                        f"{number:.2f}",
+                        ha="center",
+                        va="center",
+                        fontsize=7,
+                        color=_ink(image.norm(number)),
+                    )
         axes.set_xticks(range(len(nodes)), [str(size) for size in nodes])
         axes.set_yticks(range(len(passes)), [str(m) for m in passes])
         axes.set_xlabel("nodes N")

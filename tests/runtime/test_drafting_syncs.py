@@ -1,0 +1,79 @@
+"""Drafting waits for the device nowhere: no operation whose result the host, or a shape, depends on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from falcon_hf import FalconCandidateGenerator
+from falcon_hf.runtime.configuration_falcon_drafter import FUSIONS
+from falcon_hf.runtime.rejection import SiblingDraws
+
+from .test_candidate_generator import VOCAB, committed
+from .test_dynamic_tree import SPEC, calibration
+
+TREE = [[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 0, 1]]
+TREES: dict[str, dict[str, Any]] = {
+    "static": {"tree": TREE},
+    "drawn": {"tree": TREE, "verifier": "rejection"},
+    "dynamic": {"tree": SPEC | {"calibration": calibration(2)}},
+    "lookup": {"tree": SPEC, "lookup": {}},
+    "pass_cost": {"tree": SPEC | {"pass_cost": 1e-6}},
+}
+
+
+class Syncs(TorchDispatchMode):
+    """Counts what would wait for an accelerator: values read on the host, and shapes that depend on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in {"_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "equal"}:
+            self.seen.append(name)
+        if name == "index" and any(each is not None and each.dtype == torch.bool for each in args[1]):
+            self.seen.append("index by a mask")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("kind", TREES)
+def test_a_draft_makes_no_sync(tiny_target, tiny_drafter, kind, fusion, rows):
+    target = tiny_target(VOCAB)
+    texts = [committed(target, 12, seed=row) for row in range(rows)]
+    features, tokens = (torch.cat([text[part] for text in texts]) for part in (0, 1))
+    generator = FalconCandidateGenerator(tiny_drafter(target, 2, fusion, **TREES[kind]), target, rows=rows)
+    if kind == "drawn":
+        generator.draw_siblings(SiblingDraws(1.0, torch.device("cpu")))
+    lengths = [5, 3, 4][:rows]
+    with torch.no_grad(), Syncs() as syncs:
+        generator.append(features[:, :5], tokens[:, :5], lengths)
+        generator.draft(tokens[:, 4:5], max_depth=9, text=tokens[:, :5])
+        generator.append(features[:, 5:7], tokens[:, 5:7], [2, 1, 0][:rows])
+        tree = generator.draft(tokens[:, 6:7], max_depth=9, text=tokens[:, :7])
+    # One a pass but the last, to leave out passes that would not pay.
+    assert syncs.seen == (["_local_scalar_dense"] * 4 if kind == "pass_cost" else [])
+    assert tree.depths.max() > 2
+
+
+def test_verification_draws_without_a_sync():
+    draws = SiblingDraws(1.0, torch.device("cpu"))
+    p, q = torch.rand(9).softmax(0), torch.rand(9).softmax(0)
+    with Syncs() as syncs:
+        draws.choose(p, q, torch.tensor([3, 1, 7]))
+    assert syncs.seen == []
+
+
+@pytest.mark.parametrize(
+    "careless", [lambda x: float(x.sum()), lambda x: x[x > 0], lambda x: x.nonzero(), torch.unique]
+)
+def test_syncs_are_seen(careless):
+    with Syncs() as syncs:
+        careless(torch.ones(3))
+    assert syncs.seen
