@@ -93,6 +93,8 @@ class FalconDrafterConfig(PreTrainedConfig):
             last must be L, because the drafter estimates that one.
         block_mixing: whether a pair's query also starts from its block's newest pair (see ``block_mixing.py``). Not in
             the paper; it lifts the accuracy of every block position but the last.
+        correction_rank: None, or the inner width of a correction that conditions a position on the token chosen before
+            it in its block, which the k laws of a pass do not know otherwise. Measured in training, not drafted with.
         draft_vocab_size: None to draft over all V tokens; otherwise only over that many, whose ids the checkpoint
             keeps (``FalconDrafter.draft_vocab_ids``). Never changes what is generated, only what is proposed.
         logit_scale, logit_softcap: the target's head scaling, logits = cap * tanh(scale * (h W^T) / cap).
@@ -138,6 +140,7 @@ class FalconDrafterConfig(PreTrainedConfig):
     fusion_layers: int = 2
     embedding_scale: float = 1.0
     feature_layers: list[int] | None = None
+    correction_rank: int | None = None
     block_mixing: bool = False
     draft_vocab_size: int | None = None
     logit_scale: float = 1.0
@@ -221,6 +224,8 @@ class FalconDrafterConfig(PreTrainedConfig):
             )
         if not self.embedding_scale > 0:
             raise ValueError(f"embedding_scale must be positive, got {self.embedding_scale!r}.")
+        if self.correction_rank is not None and self.correction_rank < 1:
+            raise ValueError(f"correction_rank must be None or at least 1, got {self.correction_rank!r}.")
         layers = self.feature_layers
         if layers is not None and (len(layers) < 2 or min(layers) < 0 or sorted(set(layers)) != layers):
             raise ValueError(

@@ -177,6 +177,27 @@ class FalconDecoderLayer(nn.Module):
         return hidden + self.mlp(self.mlp_norm(hidden))
 
 
+class FalconCorrection(nn.Module):
+    """Corrects an estimate for the token chosen just before: f^ + U silu(D [f^; e]), of low rank; nothing at the start.
+
+    The k laws of a pass are independent of each other's tokens. Since head(f^ + d) = head(f^) + head(d), this is a
+    low-rank bigram table on the head's rows that knows the context as well.
+    """
+
+    def __init__(self, config: FalconDrafterConfig) -> None:
+        super().__init__()
+        rank: int = config.correction_rank or 0
+        self.embedding_scale = config.embedding_scale
+        self.down = nn.Linear(2 * config.hidden_size, rank, bias=False)
+        # No nn.Linear: those are initialised before their parent, and keep it.
+        self.up = nn.Parameter(torch.zeros(config.hidden_size, rank))
+
+    def forward(self, estimates: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+        """``[..., H]`` estimates f^_{i+k} and embeddings of t_{i+k} -> ``[..., H]``."""
+        pairs = torch.cat((estimates, embeddings * self.embedding_scale), dim=-1)
+        return estimates + F.linear(F.silu(self.down(pairs)), self.up)
+
+
 class FalconDrafter(PreTrainedModel):
     """The drafter: fusion and relaxed causal decoder layers. Give it to ``target.generate(assistant_model=drafter)``.
 
@@ -212,6 +233,7 @@ class FalconDrafter(PreTrainedModel):
             self.register_buffer("feature_scale", torch.ones(earlier))
         self.fusion = FalconFusion(config)
         self.mixing = BlockMixing(config.block_size, config.hidden_size) if config.block_mixing else None
+        self.correction = None if config.correction_rank is None else FalconCorrection(config)
         self.layers = nn.ModuleList(FalconDecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.rotary = LlamaRotaryEmbedding(config)
         ids = None if config.draft_vocab_size is None else torch.arange(config.draft_vocab_size)
@@ -280,6 +302,8 @@ class FalconDrafter(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        if isinstance(module, FalconCorrection):
+            nn.init.zeros_(module.up)
         if isinstance(module, BlockMixing):
             module.reset(0.5 * self.config.hidden_size**-0.5)
         if isinstance(module, nn.LSTM):
@@ -346,6 +370,7 @@ class FalconDrafter(PreTrainedModel):
         select: torch.Tensor | None = None,
         rollout_embeddings: torch.Tensor | None = None,
         rollout_selects: list[torch.Tensor] | None = None,
+        previous_embeddings: torch.Tensor | None = None,
     ) -> torch.Tensor | list[torch.Tensor]:
         """The training forward: a whole pair sequence at once, and further passes over the drafter's own features.
 
@@ -361,10 +386,12 @@ class FalconDrafter(PreTrainedModel):
             rollout_embeddings: ``[R, S, H]``, R <= B: the first R rows go on to further passes, with these embeddings.
                 ``select`` must hold all columns of those rows.
             rollout_selects: one ``[M_p]`` for each further pass, flat indices into ``[R * S]`` of its wanted outputs.
+            previous_embeddings: of pass 1's shape, the embedding of t_{c+1}, the token chosen before column c's.
 
         Returns:
             ``[B, S, H]``, or ``[M, H]`` with ``select``; column c is the estimate of f_{c+1}. With
-            ``rollout_embeddings`` a list: that, and ``[M_p, H]`` of each further pass.
+            ``rollout_embeddings`` or ``previous_embeddings`` a list: that, ``[M_p, H]`` of each further pass, and last
+            pass 1's estimates corrected for ``previous_embeddings``.
 
         Raises:
             ValueError: for a rollout of a recurrent fusion, whose states it would have to carry from pass to pass.
@@ -378,7 +405,8 @@ class FalconDrafter(PreTrainedModel):
         positions = torch.arange(columns, device=features.device)[None].expand(features.shape[0], -1)
         place = (positions + block_offset[:, None]) % self.config.block_size
         if rollout_embeddings is None:
-            return self.decode(fused, positions, mask, select=select, place=place)
+            first = self.decode(fused, positions, mask, select=select, place=place)
+            return first if previous_embeddings is None else [first, self.correct(first, previous_embeddings)]
         if self.fusion.is_recurrent:
             raise ValueError("A rollout needs a fusion without recurrence: 'linear' or 'lstm_stateless'.")
         rows = rollout_embeddings.shape[0]
@@ -405,7 +433,19 @@ class FalconDrafter(PreTrainedModel):
                 break
             own = self.decode(fused, positions[:rows], mask, cache=keys, place=place)
             outputs.append(own.flatten(0, 1).index_select(0, wanted))
+        if previous_embeddings is not None:
+            outputs.append(self.correct(outputs[0], previous_embeddings))
         return outputs
+
+    def correct(self, estimates: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+        """Estimates ``[..., H]`` corrected for the token chosen before theirs, given by its embedding ``[..., H]``.
+
+        Raises:
+            ValueError: if the drafter has no correction (``config.correction_rank``).
+        """
+        if self.correction is None:
+            raise ValueError("This drafter has no correction; make it with correction_rank.")
+        return self.correction(estimates, embeddings)
 
     def combine(self, features: torch.Tensor) -> torch.Tensor:
         """``[B, S, W]`` features as the target gives them -> ``[B, S, H]`` as the fusion takes them.

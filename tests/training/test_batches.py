@@ -8,8 +8,14 @@ import torch
 
 from falcon_hf.runtime.target import input_embeddings
 from falcon_hf.training.batches import DialogueDataset, LengthGroupedOrder, collate, make_pairs
+from falcon_hf.training.errors import TrainingError
 from falcon_hf.training.features import compute_features
-from falcon_hf.training.initialisation import embedding_scale, near_identity_start, typical_sizes
+from falcon_hf.training.initialisation import (
+    embedding_scale,
+    near_identity_start,
+    start_from_target_layers,
+    typical_sizes,
+)
 
 from .conftest import VOCAB
 
@@ -80,6 +86,23 @@ def test_near_identity_start_hands_the_feature_on(tiny_target, tiny_drafter):
         alone, _ = drafter.fusion(features, torch.zeros_like(embeddings))
     assert torch.nn.functional.cosine_similarity(fused, features, dim=-1).mean() > 0.8
     assert float((fused - alone).std()) == pytest.approx(0.34 * 2.0, rel=0.15)
+
+
+def test_layers_can_start_as_the_targets(tiny_target, tiny_drafter):
+    target = tiny_target(VOCAB)
+    drafter = tiny_drafter(target, 2, "linear", num_hidden_layers=2)
+    start_from_target_layers(drafter, target)
+    for layer, source in zip(drafter.layers, target.model.layers, strict=True):
+        assert torch.equal(layer.attention.k_proj.weight, source.self_attn.k_proj.weight)
+        assert torch.equal(layer.mlp.down_proj.weight, source.mlp.down_proj.weight)
+        assert torch.equal(layer.mlp_norm.weight, source.post_attention_layernorm.weight)
+    one = tiny_drafter(target, 2, "linear")
+    start_from_target_layers(one, target)
+    assert torch.equal(one.layers[0].attention.q_proj.weight, target.model.layers[1].self_attn.q_proj.weight)
+    with pytest.raises(TrainingError, match=r"mlp.gate_proj"):
+        start_from_target_layers(tiny_drafter(target, 2, "linear", intermediate_size=8), target)
+    with pytest.raises(TrainingError, match="no layers"):
+        start_from_target_layers(tiny_drafter(target, 2, "linear", num_hidden_layers=3), target)
 
 
 def test_sizes_and_scale():

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from falcon_hf import TreeShape
-from falcon_hf.training.acceptance import MISSED, TreeTable, block_ranks, walk
+from falcon_hf.runtime.dynamic_tree import DynamicTree
+from falcon_hf.training.acceptance import MISSED, TreeTable, block_ranks, simulated_shape, walk
 from falcon_hf.training.arguments import FalconTrainingArguments
 from falcon_hf.training.batches import DialogueDataset
 from falcon_hf.training.evaluation import answer_ranks
@@ -25,14 +26,20 @@ def evaluated(drafter, target, text, tmp_path, batch_size=5):
 
 
 @pytest.mark.parametrize(
-    ("block_size", "fusion", "layers"),
-    [(1, "linear", 1), (2, "linear", 1), (3, "linear", 1), (2, "lstm_stateless", 1), (4, "linear", 1)],
+    ("block_size", "fusion", "config"),
+    [
+        (1, "linear", {}),
+        (2, "linear", {"feature_layers": [1, 2]}),
+        (3, "linear", {"embedding_scale": 2.0}),
+        (2, "lstm_stateless", {}),
+        (4, "linear", {"draft_vocab_size": 20}),
+    ],
 )
-def test_simulated_acceptance_is_that_of_generate(tiny_target, tiny_drafter, tmp_path, block_size, fusion, layers):
+def test_simulated_acceptance_is_that_of_generate(tiny_target, tiny_drafter, tmp_path, block_size, fusion, config):
     """Rounds and tokens of greedy decoding with the real tree, to the last one."""
     target = tiny_target(VOCAB)
     tree = bushy_tree(VOCAB, depth=4, budget=3)
-    drafter = tiny_drafter(target, block_size, fusion, tree=tree, num_hidden_layers=layers)
+    drafter = tiny_drafter(target, block_size, fusion, tree=tree, **config)
     text = make_text(target, 5, seed=9)
     tokens = rounds = 0
     for row in range(len(text)):
@@ -54,7 +61,7 @@ def test_simulated_acceptance_is_that_of_generate(tiny_target, tiny_drafter, tmp
     assert metrics["eval_tau_with_bonus"] == pytest.approx(tokens / rounds, rel=1e-9)
     assert metrics["eval_tau"] == pytest.approx(tokens / rounds - 1, rel=1e-9)
     # The control: other drafters are not as good by accident.
-    others = [tiny_drafter(target, block_size, fusion, seed=seed, tree=tree) for seed in (5, 6, 7)]
+    others = [tiny_drafter(target, block_size, fusion, seed=seed, tree=tree, **config) for seed in (5, 6, 7)]
     taus = [evaluated(other, target, text, tmp_path)["eval_tau"] for other in others]
     assert any(tau != pytest.approx(metrics["eval_tau"], rel=1e-6) for tau in taus)
 
@@ -100,6 +107,19 @@ def test_table_follows_paths():
     assert table.accepted(ranks).tolist() == [3, 2, 1, 2, 0, 0, 1, 1]
     assert table.depth == 3
     assert table.width == 3
+
+
+@pytest.mark.parametrize("fields", [{"nodes": 24}, {"nodes": 3, "passes": 3}, {"nodes": 1}, {"nodes": 60, "passes": 1}])
+def test_a_dynamic_tree_is_simulated_by_a_static_one_of_its_size(tiny_target, tiny_drafter, tmp_path, fields):
+    tree = DynamicTree.from_config({"kind": "dynamic", **fields}, 2)
+    shape = simulated_shape(tree, 2)
+    assert min(fields["nodes"], 2) <= shape.size <= fields["nodes"] + 1
+    assert shape.depth <= 2 * tree.passes
+    own = TreeShape.from_paths([[0], [1]])
+    assert simulated_shape(own, 2) is own
+    target = tiny_target(VOCAB)
+    drafter = tiny_drafter(target, 2, "linear", tree={"kind": "dynamic", **fields})
+    assert evaluated(drafter, target, make_text(target, 3), tmp_path)["eval_tau_with_bonus"] >= 1
 
 
 def test_ranks_of_a_round_come_from_its_passes():

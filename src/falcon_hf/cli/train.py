@@ -48,6 +48,9 @@ def train(
     config: Annotated[
         list[str] | None, typer.Option(help="Any other field of FalconDrafterConfig, NAME=JSON; may be repeated.")
     ] = None,
+    target_layers: Annotated[
+        bool, typer.Option("--target-layers", help="Start the decoder layers as the target's last ones.")
+    ] = False,
     held_out: Annotated[int, typer.Option(min=0, help="Dialogues at the data's end to evaluate on.")] = 100,
     max_length: Annotated[int, typer.Option(min=8, help="Tokens kept of a dialogue.")] = 512,
     features: Annotated[
@@ -73,8 +76,9 @@ def train(
     ] = 0.125,
     noise: Annotated[float, typer.Option(help="Uniform noise on input features.")] = 0.1,
     rollout_passes: Annotated[
-        int, typer.Option(min=1, help="Passes in training; from the second on over the drafter's own features.")
-    ] = 2,
+        int | None,
+        typer.Option(min=1, help="Passes in training, later ones over own features. [default: 2; 1 for an lstm]"),
+    ] = None,
     rollout_share: Annotated[float, typer.Option(help="Share of the rows that go on to further passes.")] = 0.25,
     rollout_start: Annotated[float, typer.Option(help="Share of the training before further passes begin.")] = 0.4,
     eval_every: Annotated[int, typer.Option(min=1, help="Steps between evaluations.")] = 500,
@@ -126,7 +130,7 @@ def train(
         "glance_lambda": glance_lambda,
         "first_pass_share": first_pass_share,
         "noise": noise,
-        "rollout_passes": rollout_passes,
+        "rollout_passes": (1 if fusion == "lstm" else 2) if rollout_passes is None else rollout_passes,
         "rollout_share": rollout_share,
         "rollout_start": rollout_start,
         "logging_steps": log_every,
@@ -155,6 +159,7 @@ def train(
             draft_vocab_size=draft_vocab_size,
             tree=None if tree is None else _read_tree(tree),
             config=drafter_config,
+            target_layers=target_layers,
             init_from=init_from,
             lora_rank=lora_rank,
             save_dtype=save_dtype,

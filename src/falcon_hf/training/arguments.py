@@ -53,9 +53,24 @@ class FalconTrainingArguments(TrainingArguments):
     rollout_weight: float = field(default=1.0, metadata={"help": "Weight of a further pass's position."})
     rollout_start: float = field(default=0.4, metadata={"help": "Progress, 0 to 1, at which further passes begin."})
 
+    correction_weight: float = field(
+        default=1.0,
+        metadata={
+            "help": "Weight, within the vocabulary loss, of laws corrected for the token before (correction_rank)."
+        },
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("feature_weight", "vocabulary_weight", "kl_weight", "ce_weight", "noise", "rollout_weight"):
+        for name in (
+            "feature_weight",
+            "vocabulary_weight",
+            "kl_weight",
+            "ce_weight",
+            "noise",
+            "rollout_weight",
+            "correction_weight",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         for name in ("glance_lambda", "rollout_share", "rollout_start", "first_pass_share"):

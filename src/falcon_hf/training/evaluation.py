@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from ..runtime.tree_shape import TreeShape
 from .acceptance import MISSED, TreeTable, block_ranks, walk
@@ -26,6 +28,7 @@ class EvaluationPlan:
         passes: how many passes to run; the tree's depth needs ceil(depth / k).
         head: the target's head over the draft vocabulary.
         draft_places: ``[V]``, each token's place in the draft vocabulary, -1 outside.
+        corrects: whether the drafter can correct its first pass for the token before, which is then measured too.
     """
 
     shape: TreeShape
@@ -33,6 +36,7 @@ class EvaluationPlan:
     passes: int
     head: DraftHead
     draft_places: torch.Tensor
+    corrects: bool = False
 
 
 class Tally:
@@ -45,13 +49,21 @@ class Tally:
 
     def __init__(self, plan: EvaluationPlan, device: torch.device) -> None:
         self._plan = plan
-        self._counts = plan.passes * plan.block_size * (1 + len(TOPS))
+        # One group of counts a pass, and one for the corrected first pass.
+        self._counts = (plan.passes + 1) * plan.block_size * (1 + len(TOPS))
         # losses: smooth-L1, KL, CE, positions; then tokens and rounds; then the counts
         self.values = torch.zeros(6 + self._counts, dtype=torch.float64, device=device)
 
     def counts(self) -> torch.Tensor:
-        """``[passes, k, 1 + len(TOPS)]``, a view: positions, and those with the answer among the top n."""
-        return self.values[6:].view(self._plan.passes, self._plan.block_size, 1 + len(TOPS))
+        """``[passes + 1, k, 1 + len(TOPS)]``, a view: positions, and those with the answer among the top n."""
+        return self.values[6:].view(self._plan.passes + 1, self._plan.block_size, 1 + len(TOPS))
+
+    def add(self, group: int, ranks: torch.Tensor, places: torch.Tensor) -> None:
+        """Count ranks ``[n]`` by their place ``[n]`` in the block."""
+        for place in range(self._plan.block_size):
+            mine = ranks[places == place]
+            hits = [mine.new_tensor(len(mine)), *((mine < top).sum() for top in TOPS)]
+            self.counts()[group, place] += torch.stack(hits).double()
 
     def metrics(self, prefix: str, weights: tuple[float, float, float]) -> dict[str, float]:
         """The report; ``weights`` of smooth-L1, KL and CE in the loss."""
@@ -65,11 +77,12 @@ class Tally:
             f"{prefix}_tau": max(tokens - rounds, 0.0) / rounds,
             f"{prefix}_tau_with_bonus": tokens / rounds,
         }
-        for number, places in enumerate(self.counts().tolist(), start=1):
+        names = [*(f"pass{number}" for number in range(1, self._plan.passes + 1)), "corrected"]
+        for name, places in zip(names, self.counts().tolist(), strict=True):
             for place, (count, *hits) in enumerate(places, start=1):
                 if count:
                     for top, hit in zip(TOPS, hits, strict=True):
-                        report[f"{prefix}_pass{number}_position{place}_top{top}"] = hit / count
+                        report[f"{prefix}_{name}_position{place}_top{top}"] = hit / count
         return report
 
 
@@ -128,7 +141,11 @@ def evaluate_batch(
             before[:, k:] = wanted[-1][:, :-k]
             wanted.append(pairs.learned & before)
         flat = [mask.flatten().nonzero()[:, 0] for mask in wanted]
-        further = {} if plan.passes == 1 else {"rollout_embeddings": embeddings, "rollout_selects": flat[1:]}
+        further: dict[str, Any] = {}
+        if plan.passes > 1:
+            further = {"rollout_embeddings": embeddings, "rollout_selects": flat[1:]}
+        if plan.corrects:
+            further["previous_embeddings"] = embed(F.pad(pairs.answers[:, :-1], (1, 0)))
         out = model(
             features=features,
             embeddings=embeddings,
@@ -136,7 +153,8 @@ def evaluate_batch(
             pair_mask=pairs.real,
             **further,
         )
-        first, *others = out if plan.passes > 1 else [out]
+        first, *others = out if further else [out]
+        corrected = others.pop().flatten(0, 1).index_select(0, flat[0]) if plan.corrects else None
         estimates = [first.flatten(0, 1).index_select(0, flat[0]), *others]
         if offset == 0:  # one alignment is enough for the losses
             targets = pairs.targets.flatten(0, 1).index_select(0, flat[0])
@@ -147,12 +165,13 @@ def evaluate_batch(
         pass_ranks = []
         for number, (estimate, index) in enumerate(zip(estimates, flat, strict=True)):
             ranks = answer_ranks(estimate, places.flatten().index_select(0, index), plan.head, width)
-            counts = tally.counts()[number]
-            for j in range(k):
-                mine = ranks[place.index_select(0, index) == j]
-                counts[j] += torch.stack([mine.new_tensor(len(mine)), *((mine < top).sum() for top in TOPS)]).double()
+            tally.add(number, ranks, place.index_select(0, index))
             dense = torch.full((rows * columns,), MISSED, dtype=torch.long, device=device)
             pass_ranks.append(dense.index_copy_(0, index, ranks).view(rows, columns))
+        if corrected is not None:
+            here = place.index_select(0, flat[0])
+            ranks = answer_ranks(corrected, places.flatten().index_select(0, flat[0]), plan.head, width)
+            tally.add(plan.passes, ranks[here > 0], here[here > 0])
         begins = table.accepted(block_ranks(pass_ranks, k, min(table.depth, k * plan.passes)))
         starts = ((column + offset) % k == 0).cpu()
         accepted[:, starts] = begins[:, starts]

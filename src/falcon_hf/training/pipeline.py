@@ -39,7 +39,7 @@ from .features import (
     feature_width,
     free_bytes,
 )
-from .initialisation import embedding_scale, near_identity_start, typical_sizes
+from .initialisation import embedding_scale, near_identity_start, start_from_target_layers, typical_sizes
 from .laws import LawCache
 from .losses import DraftHead
 from .recipe import data_recipe, make_recipe
@@ -76,6 +76,7 @@ class TrainingPlan:
         draft_vocab_size: tokens drafted over; None for all of a small vocabulary, 8,192 of one above 16,384.
         tree: paths of the drafter's tree, None for the paper's.
         config: further fields of the drafter's config, such as ``num_hidden_layers``.
+        target_layers: whether the decoder layers start as the target's last (see [`start_from_target_layers`]).
         init_from: folder or Hub repo of a drafter to go on from; its config is kept, but for the tree if one is given.
         lora_rank: train low-rank additions to that drafter only, merged in at the end; 0 trains all weights.
         save_dtype: of the saved weights.
@@ -93,6 +94,7 @@ class TrainingPlan:
     draft_vocab_size: int | None = None
     tree: list[list[int]] | None = None
     config: dict[str, Any] = field(default_factory=dict)
+    target_layers: bool = False
     init_from: str | None = None
     lora_rank: int = 0
     save_dtype: str = "bfloat16"
@@ -246,6 +248,8 @@ def make_drafter(
     except (TypeError, ValueError) as error:
         raise TrainingError(f"No such drafter: {error}") from error
     drafter = FalconDrafter(config)
+    if plan.target_layers:
+        start_from_target_layers(drafter, target)
     near_identity_start(drafter, feature_size, embedding_size)
     if config.feature_layers is not None:
         drafter.standardise(_sample_features(target, train, config.feature_layers))

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, Trainer
 
-from ..runtime.candidate_generator import tree_shape
+from ..runtime.candidate_generator import drafter_tree
 from ..runtime.modeling_falcon_drafter import FalconDrafter
 from ..runtime.target import head_weight, input_embeddings
+from .acceptance import simulated_shape
 from .arguments import FalconTrainingArguments
 from .batches import DialogueDataset, LengthGroupedOrder, PairBatch, collate, make_pairs
 from .csgd import (
@@ -25,6 +27,7 @@ from .csgd import (
     hamming_distance,
     replace_coupled,
 )
+from .errors import TrainingError
 from .evaluation import EvaluationPlan, Tally, evaluate_batch
 from .features import compute_features
 from .losses import DraftHead, feature_loss, vocabulary_loss
@@ -59,10 +62,15 @@ class FalconTrainer(Trainer):
         eval_dataset: Dataset[Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        drafter: Any = model  # a peft model hands its drafter's attributes on
+        if args.rollout_passes > 1 and drafter.config.fusion == "lstm":
+            raise TrainingError(
+                "A rollout would have to carry the LSTM's states from pass to pass: train with rollout_passes=1, or "
+                "with fusion 'linear' or 'lstm_stateless'."
+            )
         kwargs.setdefault("data_collator", collate)
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         self.loss_is_scaled_for_ga = False  # a mean over the batch: Trainer divides by the accumulation steps
-        drafter: Any = model  # of a peft model, too, these are the drafter's
         self._config: Any = drafter.config
         if hasattr(self._config, "use_cache"):
             del self._config.use_cache  # Trainer's; our config has no such field, and would not load with it
@@ -137,8 +145,11 @@ class FalconTrainer(Trainer):
             seen = seen + noise
         kept = pairs.learned if replaced is None or args.glance_loss == "all" else pairs.learned & ~replaced
         rolled = self._rollout_rows(rows, progress)
-        outputs, wanted = self._forward(model, pairs, seen, tokens, embeddings, offsets, kept, replaced, rolled)
-        loss = self._losses(outputs, wanted, pairs, replaced)
+        outputs, wanted, corrected = self._forward(
+            model, pairs, seen, tokens, embeddings, offsets, kept, replaced, rolled
+        )
+        later = (torch.arange(pairs.tokens.shape[1], device=offsets.device)[None] + offsets[:, None]) % k > 0
+        loss = self._losses(outputs, wanted, pairs, corrected, later)
         return (loss, outputs) if return_outputs else loss
 
     def _draws(self, rows: int) -> tuple[RowDraws, int]:
@@ -219,34 +230,50 @@ class FalconTrainer(Trainer):
         kept: torch.Tensor,
         replaced: torch.Tensor | None,
         rolled: int,
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Run all passes; returns, a pass, the estimates ``[M_p, H]`` that have a loss and their flat columns."""
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor | None]:
+        """Run all passes.
+
+        Returns:
+            For each pass, the estimates ``[M_p, H]`` that have a loss; for each pass, their flat columns; and pass 1's
+            estimates corrected for the token before them, if the drafter has a correction.
+        """
         k = self._block_size
         inputs = {"features": features, "embeddings": embeddings, "block_offset": offsets, "pair_mask": pairs.real}
         wanted = [kept.flatten().nonzero()[:, 0]]
+        corrects = self._config.correction_rank is not None
+        before = F.pad(pairs.answers[:, :-1], (1, 0)).flatten()  # the token that the column before is asked for
         if rolled == 0:
-            return [model(**inputs, select=wanted[0])], wanted
+            if corrects:
+                previous = self._embed(before.index_select(0, wanted[0])[None])[0]
+                first, corrected = model(**inputs, select=wanted[0], previous_embeddings=previous)
+                return [first], wanted, corrected
+            return [model(**inputs, select=wanted[0])], wanted, None
         # Further passes read the estimates of all columns, but learn only where those came from true pairs.
         computed = kept.clone()
         computed[:rolled] = True
         index = computed.flatten().nonzero()[:, 0]
         valid = pairs.learned[:rolled] if replaced is None else (pairs.learned & ~replaced)[:rolled]
         for _ in range(self.args.rollout_passes - 1):
-            before = torch.zeros_like(valid)
-            before[:, k:] = valid[:, :-k]
-            valid = pairs.learned[:rolled] & before
+            read = torch.zeros_like(valid)
+            read[:, k:] = valid[:, :-k]
+            valid = pairs.learned[:rolled] & read
             wanted.append(valid.flatten().nonzero()[:, 0])
+        if corrects:
+            inputs["previous_embeddings"] = self._embed(before.index_select(0, index)[None])[0]
         first, *others = model(
             **inputs, select=index, rollout_embeddings=true_embeddings[:rolled], rollout_selects=wanted[1:]
         )
-        return [first[kept.flatten().index_select(0, index)], *others], wanted
+        asked = kept.flatten().index_select(0, index)
+        corrected = others.pop()[asked] if corrects else None
+        return [first[asked], *others], wanted, corrected
 
     def _losses(
         self,
         outputs: list[torch.Tensor],
         wanted: list[torch.Tensor],
         pairs: PairBatch,
-        replaced: torch.Tensor | None,
+        corrected: torch.Tensor | None,
+        later: torch.Tensor,
     ) -> torch.Tensor:
         """The weighted loss, a mean over the positions of the global batch."""
         args = self.args
@@ -268,6 +295,16 @@ class FalconTrainer(Trainer):
             prefix = "" if number == 1 else f"pass{number}_"
             means = {"smooth_l1": smooth.detach() / rows, "kl": sums[0] / rows, "agreement": agree.sum() / rows}
             self._note(**{prefix + name: value for name, value in means.items()})
+        if corrected is not None:  # only behind a first position is there a token that a law does not know
+            mine = later.flatten().index_select(0, wanted[0])
+            index = wanted[0][mine]
+            laws = targets.index_select(0, index) if pairs.laws is None else pairs.laws.take(index)
+            vocabulary, sums, agree = vocabulary_loss(
+                corrected[mine], laws, self._head, args.kl_weight, args.ce_weight, args.vocabulary_chunk
+            )
+            total = total + args.vocabulary_weight * args.correction_weight * vocabulary
+            rows = max(1, len(index))
+            self._note(corrected_kl=sums[0] / rows, corrected_agreement=agree.sum() / rows)
         self._count_positions(len(wanted[0]))
         return total / shared.clamp_min(1)
 
@@ -346,8 +383,9 @@ class FalconTrainer(Trainer):
 
     def _plan(self) -> EvaluationPlan:
         drafter: Any = self.accelerator.unwrap_model(self.model)
-        shape, k = tree_shape(drafter), self._block_size
+        shape, k = simulated_shape(drafter_tree(drafter), self._block_size), self._block_size
         passes = -(-shape.depth // k)
         if self._config.fusion == "lstm":
             passes = 1  # a rollout would have to carry states; the tree is cut at depth k
-        return EvaluationPlan(shape, k, passes, self._head, self._draft_places)
+        corrects = self._config.correction_rank is not None
+        return EvaluationPlan(shape, k, passes, self._head, self._draft_places, corrects)
