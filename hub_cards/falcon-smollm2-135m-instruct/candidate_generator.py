@@ -1,4 +1,4 @@
-"""From the committed text to a draft tree: keeps the drafter's own context and fills a static tree, pass by pass.
+"""From the committed text to a draft tree a row: fills a static tree, or grows a dynamic one, pass by pass.
 
 Letters as in ``modeling_falcon_drafter.py``. With tokens t_0..t_n committed the target has given f_0..f_{n-1}; pairs
 0..n-1 are known, and one pass over the last k of them gives f^_n..f^_{n+k-1} and so the laws of t_{n+1}..t_{n+k}. The
@@ -7,7 +7,8 @@ states it starts from. Every pass sees the pairs of the committed text, its path
 
 ``tests/runtime/test_candidate_generator.py`` holds a tree step against running each path alone.
 
-Device syncs per draft: none.
+Device syncs per draft: none (``tests/runtime/test_drafting_syncs.py``), but one a pass where a dynamic tree has a
+``pass_cost``.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ so every option keeps its meaning. ``tests/runtime/test_generation.py`` and ``te
 plain ``generate()``.
 
 Device syncs per round: greedy without processors or recorded outputs, one for the walk and one an emitted token for
-the stopping criteria; otherwise one an emitted token. Plain ``generate()`` has one an emitted token.
+the stopping criteria; otherwise one an emitted token. Plain ``generate()`` has one an emitted token. Drafting has none
+(but see ``candidate_generator.py``).
 """
 
 from __future__ import annotations

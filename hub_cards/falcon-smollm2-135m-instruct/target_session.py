@@ -158,8 +158,9 @@ class TargetSession:
 
     def _compile(self, generation_config: Any) -> None:
         """Verify by a compiled forward where plain decoding would compile: static caches on a GPU, as a rule."""
-        # Installed on first use otherwise, under a lock, which breaks the graph.
-        maybe_install_capturing_hooks(self.target)
+        # Installed on first use otherwise, under a lock, which breaks the graph. Once only, or states are kept twice.
+        if not any(getattr(module, "_output_capturing_hooks_installed", False) for module in self.target.modules()):
+            maybe_install_capturing_hooks(self.target)
         if self.target._valid_auto_compile_criteria(self.model_kwargs, generation_config):
             self._forward = self.target.get_compiled_call(generation_config.compile_config)
 

@@ -38,6 +38,10 @@ def read_settings(folder: Path) -> dict[str, Any]:
         )
     settings = _read_json(path)
     check_kind(settings)
+    if not isinstance(settings.get("dtype"), (str, type(None))):
+        raise ValueError(
+            f"its config.json has the dtype {settings['dtype']!r}, not a name such as 'bfloat16': {_AGAIN}."
+        )
     return settings
 
 

@@ -63,7 +63,10 @@ def test_tune_check_and_apply(run: Run, repos: Path, home: Path) -> None:
     assert again.exit_code == 0, again.output
     assert "Using the calibration" in again.stderr
     shown = json.loads(again.stdout)
-    assert [entry["passes"] for entry in shown["check"]["settings"]] == [1, 2]
+    automatic, *cells = shown["check"]["settings"]
+    assert automatic["kind"] == "chosen"
+    assert automatic["tree"] == tree, "what was applied"
+    assert [entry["passes"] for entry in cells] == [1, 2]
     assert (home / "p" / "sweep-tuned.png").is_file()
 
     other = run(*options(repos, home, dtype="bfloat16"))

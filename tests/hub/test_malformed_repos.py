@@ -96,7 +96,11 @@ DAMAGED = {
     "unknown field": (set_config(block_sice=2), "no field 'block_sice'; did you mean 'block_size'"),
     "impossible value": (set_config(block_size=0), "block_size must be an integer of at least 1"),
     "wrong type": (set_config(hidden_size="wide"), "hidden_size"),
-    "tree no tree": (set_config(tree=[[0, 0]]), "tree must be None or a list of paths"),
+    "a word for a number": (set_config(rms_norm_eps="small"), "rms_norm_eps must be float, got 'small'"),
+    "infinite": (set_config(embedding_scale=float("inf")), "embedding_scale must be float, got inf"),
+    "dtype a list": (set_config(dtype=[1]), "not a name such as 'bfloat16'"),
+    "fingerprint of words": (set_config(target_fingerprint=["a"]), "target_fingerprint must be None or a list"),
+    "tree no tree": (set_config(tree=[[0, 0]]), "tree must be None"),
     "future format": (set_config(format_version=9, brand_new=1), "has format 9.*upgrade falcon_hf"),
     "no weights": (remove("model.safetensors"), "no weights.*fetch the repo again"),
     "pickle only": (

@@ -15,6 +15,7 @@ from falcon_hf.runtime.remote_generate import _restored
 from falcon_hf.runtime.remote_generate import generate as packaged_recipe
 from falcon_hf.runtime.repo_files import code_files, code_stamp
 
+from ..conftest import DRAFTER_FOLDER
 from .isolated import run_isolated
 
 VOCAB = 24
@@ -275,3 +276,5 @@ def test_pipeline(smollm2, trained_drafter):
     fast = pipeline("text-generation", model=target, tokenizer=tokenizer, assistant_model=trained_drafter)
     assert fast("The moon is", **options) == plain
     assert trained_drafter.last_generation.accepted > 0
+    recipe = {"custom_generate": str(DRAFTER_FOLDER), "trust_remote_code": True}
+    assert pipeline("text-generation", model=target, tokenizer=tokenizer)("The moon is", **options, **recipe) == plain

@@ -117,6 +117,19 @@ def test_outputs_are_the_trees_alone(tiny_drafter):
     assert torch.allclose(torch.cat(falcon.logits), torch.cat(theirs.logits), atol=1e-3)
 
 
+@pytest.mark.parametrize("before", [False, True], ids=["new", "used before"])
+@pytest.mark.parametrize("family", ["llama", "opt", "bloom"])
+def test_states_are_kept_once(tiny_drafter, family, before):
+    """What makes the target keep its states is put in place before a compiler sees it, if it is not there yet."""
+    target = copy.deepcopy(tiny_family(family))
+    drafter = tiny_drafter(target, tree=TREE, intermediate_size=96)
+    wanted = {"return_dict_in_generate": True, "output_hidden_states": True}
+    if before:
+        run(target, 0, prompt_ids(VOCAB, 7), do_sample=False, max_new_tokens=4, **wanted)
+    falcon = assert_same_text(target, drafter, prompt_ids(VOCAB, 7), **(STATIC | {"max_new_tokens": 6}), **wanted)
+    assert {len(step) for step in falcon.hidden_states} == {target.config.num_hidden_layers + 1}
+
+
 @pytest.mark.parametrize("lengths", [(7,), (3, 9)], ids=str)
 def test_generates_own_compilation(tiny_drafter, graphs, lengths):
     """As on a GPU, where ``generate()`` compiles for static caches: the verification alone, not the prefill."""

@@ -14,10 +14,13 @@ from falcon_hf.runtime import generation, speculation_switch
 from falcon_hf.runtime.committed_pairs import CommittedPairs
 from falcon_hf.runtime.speculation_switch import SpeculationSwitch
 
-from .helpers import assert_same_text, bushy_tree, prompt_ids
+from ..conftest import make_tiny_target
+from .helpers import assert_same_text, bushy_tree, prompt_ids, run
 from .test_batch import ENDING, GREEDY, batch, both
 from .test_candidate_generator import VOCAB, committed, deep_tree
+from .test_dynamic_tree import SPEC
 from .test_generation import SAMPLED
+from .test_static_cache import CROPPABLE
 
 TREE = bushy_tree(VOCAB, 3, 12)
 
@@ -119,6 +122,21 @@ def test_text_is_plain_text_whenever_it_drafts(tiny_target, tiny_drafter, monkey
         assert stats.row_rounds + stats.accepted + stats.rows == stats.new_tokens
 
 
+@pytest.mark.skipif(not CROPPABLE, reason="older transformers refuse static caches, see test_static_cache")
+@pytest.mark.parametrize("further", [{"tree": TREE}, {"tree": SPEC, "lookup": {}}], ids=["static", "dynamic"])
+def test_static_caches(tiny_drafter, monkeypatch, further):
+    """Trees of all sizes in a cache that verifies one size."""
+    monkeypatch.setattr(generation, "SpeculationSwitch", Alternating)
+    target = make_tiny_target(VOCAB, seed=11)  # its own, because of what transformers installs in a target
+    drafter = tiny_drafter(target, 2, **further)
+    for inputs in (prompt_ids(VOCAB, 6), batch()):
+        options = {"max_new_tokens": 40, "pad_token_id": 0, "do_sample": False}
+        plain, _ = run(target, 0, inputs, **options)
+        falcon, _ = run(target, 0, inputs, assistant_model=drafter, cache_implementation="static", **options)
+        assert falcon.tolist() == plain.tolist()
+        assert 0 < drafter.last_generation.plain_rounds < drafter.last_generation.rounds
+
+
 def test_rows_that_end_while_it_rests(tiny_target, tiny_drafter, monkeypatch):
     monkeypatch.setattr(generation, "SpeculationSwitch", Alternating)
     target = tiny_target(VOCAB)
@@ -142,6 +160,7 @@ class Row:
         self.ids, self.ended = tokens[:, :0], False
 
 
+@torch.no_grad()
 def pairs_error(drafter: Any, target: Any, held: list[bool], lose: bool = False) -> float:
     """Largest difference of the next draft's features between rounds that were held back and not."""
     rows, drafter = 3, drafter.double()

@@ -10,6 +10,7 @@ import torch
 
 from falcon_hf import FalconCandidateGenerator, TreeShape
 from falcon_hf.runtime.dynamic_tree import DynamicTree
+from falcon_hf.runtime.target import family
 from falcon_hf.runtime.tree_shape import chain
 from falcon_hf.tuning.calibrate import CalibrationPlan, NamedDrafter, Prompt, calibrate, generate_with
 from falcon_hf.tuning.calibration import Calibration
@@ -17,24 +18,25 @@ from falcon_hf.tuning.check import compare, measure, read_check, spread_settings
 from falcon_hf.tuning.choice import choose
 from falcon_hf.tuning.cost_measurement import probe_shape, start_session, time_drafts, time_verification
 from falcon_hf.tuning.errors import TuningError
-from falcon_hf.tuning.rank_measurement import greedy_text, measure_ranks
+from falcon_hf.tuning.rank_measurement import feature_layers, greedy_text, measure_ranks
 from falcon_hf.tuning.static_tree import best_tree, widths
 
 from ..runtime.helpers import prompt_ids
 
 
-@pytest.fixture(scope="module", params=[(1, "linear", None), (2, "lstm", None), (3, "lstm", 17)])
+@pytest.fixture(scope="module", params=[(1, "linear", None, None), (2, "lstm", None, [1, 2]), (3, "lstm", 17, None)])
 def pair(request, tiny_target, tiny_drafter):
     """A target and a drafter of its own, so that tests may put trees into it."""
-    k, fusion, draft_vocab = request.param
+    k, fusion, draft_vocab, layers = request.param
     target = tiny_target()
-    return target, tiny_drafter(target, k, fusion, draft_vocab_size=draft_vocab)
+    return target, tiny_drafter(target, k, fusion, draft_vocab_size=draft_vocab, feature_layers=layers)
 
 
 @pytest.fixture(scope="module")
 def measured(pair):
     target, drafter = pair
-    texts = [greedy_text(target, prompt_ids(24, 7 + seed, seed), 24) for seed in range(4)]
+    layers = feature_layers(drafter)
+    texts = [greedy_text(target, prompt_ids(24, 7 + seed, seed), 24, layers) for seed in range(4)]
     return target, drafter, texts, measure_ranks(target, drafter, texts, passes=2, width=12)
 
 
@@ -56,14 +58,17 @@ def test_replay_predicts_the_rounds_of_generate(measured, kind):
     assert ranks.record.replay(shape) == pytest.approx(tokens / rounds)
 
 
-def test_a_record_of_another_text_predicts_something_else(measured):
-    """The control of the test above."""
-    _, drafter, _, ranks = measured
-    shape = TreeShape.paper(drafter.config.block_size, 2 * drafter.config.block_size, 10)
-    changed = dataclasses.replace(ranks.record, ranks=tuple(array[::-1].copy() for array in ranks.record.ranks))
-    changed_per_text = [dataclasses.replace(changed, ranks=(array,)).replay(shape) for array in changed.ranks]
-    own_per_text = [dataclasses.replace(ranks.record, ranks=(array,)).replay(shape) for array in ranks.record.ranks]
-    assert changed_per_text != own_per_text
+def test_a_record_from_features_one_token_late_predicts_something_else(measured):
+    """The control of the test above: it sees a mistake of one position."""
+    target, drafter, texts, ranks = measured
+    k = drafter.config.block_size
+    late = [
+        dataclasses.replace(text, states={layer: state.roll(1, dims=1) for layer, state in text.states.items()})
+        for text in texts
+    ]
+    wrong = measure_ranks(target, drafter, late, passes=2, width=12).record
+    shapes = [best_tree(ranks.record.model, 12, 2 * k), TreeShape.paper(k, 2 * k, 10), chain(2 * k)]
+    assert any(wrong.replay(shape) != pytest.approx(ranks.record.replay(shape)) for shape in shapes)
 
 
 def test_ranks_of_the_first_pass_are_those_of_a_draft(measured):
@@ -75,7 +80,7 @@ def test_ranks_of_the_first_pass_are_those_of_a_draft(measured):
     for row in (0, 5):
         fresh = FalconCandidateGenerator(drafter, target, generator.shape)
         root = text.prompt_length + row
-        fresh.append(text.features[:, :root], text.ids[:, 1 : root + 1])
+        fresh.append(text.features(drafter)[:, :root], text.ids[:, 1 : root + 1])
         drafted = fresh.draft(text.ids[:, root : root + 1], 1).tokens[0, 1:].tolist()
         true = int(text.ids[0, root + 1])
         assert ranks.record.ranks[0][row, 0] == (drafted.index(true) if true in drafted else -1)
@@ -96,7 +101,7 @@ def test_confidence_tables_have_a_table_for_each_depth(measured):
 
 def test_no_answer_is_refused(pair):
     target, drafter = pair
-    text = greedy_text(target, prompt_ids(24, 5), 1)
+    text = greedy_text(target, prompt_ids(24, 5), 1, feature_layers(drafter))
     with pytest.raises(TuningError, match="answer of two tokens"):
         measure_ranks(target, drafter, [text], 1, 4)
 
@@ -127,7 +132,7 @@ def test_probes_have_the_widths_they_stand_for(pair):
     for passes, width in ((1, 1), (2, 1), (3, 4)):
         shape = probe_shape(k, passes, width)
         assert widths(shape, k) == (1, *[width] * (passes - 1))
-    text = greedy_text(target, prompt_ids(24, 9), 8)
+    text = greedy_text(target, prompt_ids(24, 9), 8, feature_layers(drafter))
     times, append = time_drafts(target, drafter, text, 2, (1, 4, 100), repeats=1)
     assert [(time.passes, time.width) for time in times] == [(1, 1), (2, 1), (2, 4)], "100 blocks need 100 candidates"
     assert append > 0
@@ -236,6 +241,14 @@ def test_unknown_drafters_and_no_prompts_are_refused(calibrated):
     stranger = [dataclasses.replace(settings[0], drafter="other")]
     with pytest.raises(TuningError, match="No drafter 'other'"):
         measure(target, drafters, prompts, stranger, 4)
+
+
+def test_targets_that_verify_chains_alone_are_refused(calibrated, monkeypatch):
+    target, drafters, prompts, _, _ = calibrated
+    chains = dataclasses.replace(family(target), drafts="chain")
+    monkeypatch.setattr("falcon_hf.tuning.calibrate.family", lambda target: chains)
+    with pytest.raises(TuningError, match="verifies chains alone"):
+        calibrate(target, drafters, prompts, CalibrationPlan(), {})
 
 
 def test_impossible_plans_are_refused():

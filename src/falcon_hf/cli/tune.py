@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -144,13 +145,13 @@ def tune(
             result = None
             if check is not None:
                 options = calibration.options()
-                chosen = (
-                    sweep_settings(options, range(1, max_passes + 1), [n for n in SWEEP_NODES if n <= max_nodes])
-                    if sweep
-                    else spread_settings(options, settings, max_passes, max_nodes)
-                )
+                chosen = spread_settings(options, settings, max_passes, max_nodes)
+                if sweep:
+                    sizes = [size for size in SWEEP_NODES if size <= max_nodes]
+                    # The automatic choice is none of the sweep's sizes: it is measured beside them.
+                    chosen = [replace(best, kind="chosen"), *sweep_settings(options, range(1, max_passes + 1), sizes)]
                 if dynamic:
-                    chosen += [calibration.dynamic(one) for one in chosen if one.kind == "tuned"]
+                    chosen += [calibration.dynamic(one) for one in chosen if one.kind in ("tuned", "chosen")]
                 wanted = asked if check_prompts is None else read_prompts(check_prompts, tokenizer, num_prompts)
                 measured = measure(
                     model, drafters, wanted, chosen, max_new_tokens, check_repeats, _progress(not as_json)
@@ -186,7 +187,7 @@ def _draw(folder: Path, calibration: Calibration, best: Prediction, sweep: dict[
     title = f"N = {best.nodes}, m = {best.passes}, k = {best.block_size}: {best.tokens:.2f} tokens a round"
     save(draw_tree(best.shape, option.model.score, title=title), folder / "tree")
     if sweep is not None:
-        for kind in dict.fromkeys(entry["kind"] for entry in sweep["settings"]):
+        for kind in {entry["kind"] for entry in sweep["settings"]} - {"chosen"}:
             own = {**sweep, "settings": [entry for entry in sweep["settings"] if entry["kind"] == kind]}
             save(draw_sweep(own), folder / f"sweep-{kind}")
 

@@ -6,6 +6,8 @@ Unrelated to transformers' own model family "falcon" (TII's): this one's ``model
 from __future__ import annotations
 
 import difflib
+import functools
+import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -160,7 +162,9 @@ class FalconDrafterConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.format_version > FORMAT_VERSION:  # first: its fields may well be unknown here
+        if (
+            isinstance(self.format_version, int) and self.format_version > FORMAT_VERSION
+        ):  # first: its fields may well be unknown here
             raise ValueError(
                 f"The drafter has format {self.format_version}, and this code reads up to {FORMAT_VERSION}: "
                 "upgrade falcon_hf, or load it with trust_remote_code=True, by the code in its own repo."
@@ -178,8 +182,23 @@ class FalconDrafterConfig(PreTrainedConfig):
         if self.rope_parameters is None:
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
         super().__post_init__(**kwargs)
+        self._check_types()
         # Here rather than in a ``validate_*`` hook, because those run only on some ways of making a config.
         self._check_values()
+
+    def _check_types(self) -> None:
+        """Raise ValueError for the first field of a wrong type; lists and dicts are looked into by [`_check_values`].
+
+        ``strict`` would do it, but sees no types where annotations are strings (as ``from __future__`` makes them).
+        """
+        for name, types in _scalar_fields().items():
+            value = getattr(self, name)
+            right = isinstance(value, types) and (bool in types or not isinstance(value, bool))
+            if not right or (isinstance(value, float) and not math.isfinite(value)):
+                annotation = FalconDrafterConfig.__annotations__[name].replace(" |", " or")
+                raise ValueError(f"{name} must be {annotation}, got {value!r}.")
+        if not all(isinstance(sample, (int, float)) for sample in self.target_fingerprint or ()):
+            raise ValueError("target_fingerprint must be None or a list of numbers.")
 
     def _check_values(self) -> None:
         """Raise ValueError for the first impossible value, saying what it may be."""
@@ -265,6 +284,20 @@ class FalconDrafterConfig(PreTrainedConfig):
 
             fields["target_fingerprint"] = fingerprint(model)
         return cls(**{**fields, "block_size": block_size, **overrides})
+
+
+_TYPES = {"bool": bool, "int": int, "float": float, "str": str, "None": type(None)}
+
+
+@functools.cache
+def _scalar_fields() -> dict[str, tuple[type, ...]]:
+    """The types of each field of [`FalconDrafterConfig`] that is no list or dict; an int will do for a float."""
+    fields: dict[str, tuple[type, ...]] = {}
+    for name, annotation in FalconDrafterConfig.__annotations__.items():
+        if "[" not in annotation:
+            types = tuple(_TYPES[part] for part in annotation.split(" | "))
+            fields[name] = (*types, int) if float in types else types
+    return fields
 
 
 def _head_scaling(text: PreTrainedConfig) -> tuple[float, float | None]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import CacheLayerMixin, StaticLayer
 
 
 class PlainRows:
@@ -21,8 +21,9 @@ class PlainRows:
 
     def __init__(self, cache: Any, layers: int) -> None:
         """Note the layout of ``cache``, as ``generate()`` made it, for ``layers`` layers."""
-        # A dynamic cache may make its layers on the way; those hold everything.
-        self._layouts = [_layout(layer) for layer in cache.layers] or [(None, None)] * layers
+        # A dynamic cache may make its layers on the way; those hold everything. Convolutions have no attentions.
+        known = [_layout(layer) for layer in cache.layers if isinstance(layer, CacheLayerMixin)]
+        self._layouts = known or [(None, None)] * layers
 
     def prompt(self, attentions: Any) -> Any:
         """The prefill's attentions ``[B, heads, P, width]`` a layer, without the columns of a tree's room.

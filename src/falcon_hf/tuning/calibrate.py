@@ -12,12 +12,13 @@ import torch
 from transformers import PreTrainedModel
 
 from ..runtime.modeling_falcon_drafter import FalconDrafter
+from ..runtime.target import family
 from ..runtime.tree_shape import TreeShape, chain
 from .calibration import Calibration, DrafterRecord
 from .choice import Option, predict
 from .cost_measurement import DRAFT_WIDTHS, VERIFY_NODES, plain_decoding, time_drafts, time_verification
 from .errors import TuningError
-from .rank_measurement import GreedyText, greedy_text, measure_ranks, pad
+from .rank_measurement import GreedyText, feature_layers, greedy_text, measure_ranks, pad
 from .static_tree import best_tree
 
 logger = logging.getLogger(__name__)
@@ -105,10 +106,17 @@ def calibrate(
     """
     if not prompts or not drafters:
         raise TuningError("Calibration needs at least one prompt and one drafter.")
+    support = family(target)
+    if support is not None and support.drafts == "chain":
+        raise TuningError(
+            f"{type(target).__name__} verifies chains alone, so there is no tree to tune: set the config's tree to "
+            "[[0], [0, 0], ...], as long as bench finds fastest."
+        )
+    layers = {layer for named in drafters for layer in feature_layers(named.drafter)}
     texts = []
     for number, prompt in enumerate(prompts, start=1):
         report(f"Answering prompt {number} of {len(prompts)}")
-        texts.append(greedy_text(target, prompt.ids, plan.max_new_tokens))
+        texts.append(greedy_text(target, prompt.ids, plan.max_new_tokens, layers))
     records = []
     longest = max(texts, key=lambda text: text.ids.shape[1])
     for named in drafters:
@@ -198,10 +206,14 @@ def generate_with(
 @contextmanager
 def drafting(drafter: FalconDrafter, tree: TreeShape | Any) -> Iterator[None]:
     """Inside the block: the drafter has this tree, and fills it from its own laws alone, whatever its config said."""
-    own = drafter.config.tree, drafter.config.lookup, drafter.config.verifier
-    drafter.config.lookup, drafter.config.verifier = None, "follow"
-    drafter.config.tree = [list(path) for path in tree.paths] if isinstance(tree, TreeShape) else tree
+    fixed = {"tree": tree, "lookup": None, "verifier": "follow", "auto_off": False}
+    if isinstance(tree, TreeShape):
+        fixed["tree"] = [list(path) for path in tree.paths]
+    own = {name: getattr(drafter.config, name) for name in fixed}
     try:
+        for name, value in fixed.items():
+            setattr(drafter.config, name, value)
         yield
     finally:
-        drafter.config.tree, drafter.config.lookup, drafter.config.verifier = own
+        for name, value in own.items():
+            setattr(drafter.config, name, value)

@@ -56,6 +56,7 @@ def start_session(target: PreTrainedModel, ids: torch.Tensor, room: int) -> tupl
     """A session that has read ``ids`` ``[1, L]``, as ``generate()`` starts one, and its generation config."""
     config = copy.deepcopy(target.generation_config)
     config.output_hidden_states = False
+    config.max_length = ids.shape[1]  # and the rest of the slots are the tree's
     kwargs = {cache_key(target): DynamicCache(config=target.config.get_text_config()), "use_cache": True}
     session = TargetSession(target, 1, ids.shape[1] + room, kwargs)
     session.prefill(ids, config)
@@ -130,15 +131,15 @@ def time_drafts(
     sizes = [(1, 1)] + [(m, n) for m in range(2, passes + 1) for n in widths if max(n, _ROOT_CHILDREN) <= most]
     if most < _ROOT_CHILDREN:
         raise TuningError(f"A draft vocabulary of {most} tokens is too small to tune for.")
-    length = text.ids.shape[1] - 1
+    length, features = text.ids.shape[1] - 1, text.features(drafter)
     calls: dict[Any, Callable[[], object]] = {}
     for m, n in sizes:
         generator = FalconCandidateGenerator(drafter, target, probe_shape(k, m, n))
-        generator.append(text.features[:, :length], text.ids[:, 1 : length + 1])
+        generator.append(features[:, :length], text.ids[:, 1 : length + 1])
         root = text.ids[:, -1:]
         calls[m, n] = partial(generator.draft, root, m * k)
     appended = FalconCandidateGenerator(drafter, target, probe_shape(k, 1, 1))
-    calls["append"] = partial(appended.append, text.features[:, :2], text.ids[:, 1:3])
+    calls["append"] = partial(appended.append, features[:, :2], text.ids[:, 1:3])
     times = medians(calls, repeats, target.device)
     drafts = tuple(DraftTime(m, n, times[m, n]) for m, n in sizes)
     return drafts, times["append"]

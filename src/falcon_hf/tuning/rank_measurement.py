@@ -8,7 +8,7 @@ So a record says exactly which nodes of any tree would have been accepted there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,17 +30,28 @@ class GreedyText:
     Attributes:
         ids: ``[1, L]``, both.
         prompt_length: P.
-        features: ``[1, L, H]``, the target's last hidden states.
+        states: hidden states by number (-1 the last), ``[1, L, H]`` each: those that were asked for.
     """
 
     ids: torch.Tensor
     prompt_length: int
-    features: torch.Tensor
+    states: Mapping[int, torch.Tensor]
+
+    def features(self, drafter: FalconDrafter) -> torch.Tensor:
+        """``[1, L, W]``, what this drafter reads of the target."""
+        return torch.cat([self.states[layer] for layer in feature_layers(drafter)], dim=-1)
+
+
+def feature_layers(drafter: FalconDrafter) -> list[int]:
+    """Numbers of the hidden states that make a drafter's features."""
+    return drafter.config.feature_layers or [-1]
 
 
 @torch.no_grad()
-def greedy_text(target: PreTrainedModel, prompt: torch.Tensor, max_new_tokens: int) -> GreedyText:
-    """Answer ``prompt`` ``[1, P]`` greedily, without a drafter.
+def greedy_text(
+    target: PreTrainedModel, prompt: torch.Tensor, max_new_tokens: int, layers: Iterable[int] = (-1,)
+) -> GreedyText:
+    """Answer ``prompt`` ``[1, P]`` greedily, without a drafter, and keep the hidden states of ``layers``.
 
     Penalties and other processors of the target's own generation config apply, as they do in ``generate()``.
     """
@@ -49,7 +60,7 @@ def greedy_text(target: PreTrainedModel, prompt: torch.Tensor, max_new_tokens: i
         prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=max_new_tokens, **pad(target)
     )
     outputs = target(ids, use_cache=False, output_hidden_states=True)
-    return GreedyText(ids, prompt.shape[1], outputs.hidden_states[-1])
+    return GreedyText(ids, prompt.shape[1], {layer: outputs.hidden_states[layer] for layer in layers})
 
 
 def pad(target: PreTrainedModel) -> dict[str, int]:
@@ -114,7 +125,8 @@ def measure_ranks(
             continue
         generator = PathDrafter(drafter, target, chain(depth))
         root = text.prompt_length  # the first answer token is the prefill's; it is the first round's root
-        generator.append(text.features[:, :root], text.ids[:, 1 : root + 1])
+        features = text.features(drafter)
+        generator.append(features[:, :root], text.ids[:, 1 : root + 1])
         # Behind the end anything will do: those ranks are overwritten below.
         padded = torch.cat((text.ids, text.ids[:, -1:].expand(1, depth)), dim=1)
         ranks, chances = [], []
@@ -122,7 +134,7 @@ def measure_ranks(
             rank, chance = _rank(generator, drafter, padded[:, root : root + depth + 1], width)
             ranks.append(rank)
             chances.append(chance)
-            generator.append(text.features[:, root : root + 1], text.ids[:, root + 1 : root + 2])
+            generator.append(features[:, root : root + 1], text.ids[:, root + 1 : root + 2])
             root += 1
         # One transfer a text. A token behind the end cannot be accepted.
         array = torch.stack(ranks).cpu().numpy().copy()
