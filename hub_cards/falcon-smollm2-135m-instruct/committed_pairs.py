@@ -24,7 +24,7 @@ class CommittedPairs:
         self._held: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in rows]
 
     def add_prompt(self, features: list[torch.Tensor]) -> None:
-        """Hand over the prompts: one ``[1, F, H]`` features a row."""
+        """Hand over the prompts: one ``[1, F, W]`` features a row."""
         for row, states, held in zip(self._rows, features, self._held, strict=True):
             known = min(states.shape[1], row.ids.shape[1])
             held.append((states[0, -known:], row.ids[0, -known:]))
@@ -34,7 +34,7 @@ class CommittedPairs:
         """Hand over a round, or hold it until one that is not to be held.
 
         Args:
-            features: ``[B, N, H]`` of the verified nodes.
+            features: ``[B, N, W]`` of the verified nodes.
             paths: each row's visited nodes.
             hold: whether the next round does not draft.
         """

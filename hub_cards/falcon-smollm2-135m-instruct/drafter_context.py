@@ -57,8 +57,9 @@ class DrafterContext:
         return min(self.columns) >= self.drafter.config.block_size
 
     def append(self, features: torch.Tensor, tokens: torch.Tensor, lengths: list[int] | None = None) -> None:
-        """Take in committed pairs: ``[B, S, H]`` features f_i and ``[B, S]`` tokens t_{i+1}.
+        """Take in committed pairs: ``[B, S, W]`` features f_i and ``[B, S]`` tokens t_{i+1}.
 
+        W is H, or H times the feature layers.
         ``lengths`` says how many of the S each row has, from the first on; all of them by default.
         """
         embeddings = input_embeddings(self.target, tokens)

@@ -118,7 +118,7 @@ class FalconAttention(nn.Module):
         """``[B, S, H]`` -> ``[B, queries, H]`` for the last ``queries`` columns; mask ``[B, 1, queries, T]``.
 
         With ``select`` ``[M]``, flat indices into ``[B * queries]``, only those: ``[M, H]``. Queries come from
-        ``start`` ``[B, S, H]`` if it is given, keys and values always from ``hidden``.
+        ``start`` ``[B, queries, H]`` if it is given, keys and values always from ``hidden``.
         """
         batch, columns, _ = hidden.shape
         cos, sin = (table[:, None] for table in rotary)  # [B, 1, S, head_dim]
@@ -127,7 +127,7 @@ class FalconAttention(nn.Module):
             return projected.view(batch, -1, projected.shape[-1] // self.head_dim, self.head_dim).transpose(1, 2)
 
         first = columns - queries
-        query = heads(self.q_proj((hidden if start is None else start)[:, first:]))
+        query = heads(self.q_proj(hidden[:, first:] if start is None else start))
         query = query * cos[:, :, first:] + rotate_half(query) * sin[:, :, first:]
         keys, values = heads(self.k_proj(hidden)), heads(self.v_proj(hidden))
         keys = keys * cos + rotate_half(keys) * sin
@@ -161,8 +161,9 @@ class FalconDecoderLayer(nn.Module):
     ) -> torch.Tensor:
         """``[B, S, H]`` -> ``[B, queries, H]``, or ``[M, H]`` with ``select``; see [`FalconAttention.forward`].
 
-        ``start`` ``[B, S, H]`` is what queries and residuals come from, ``hidden`` by default.
+        ``start`` ``[B, S or queries, H]`` is what queries and residuals come from, ``hidden`` by default.
         """
+        start = None if start is None else start[:, start.shape[1] - queries :]
         attended = self.attention(
             self.input_norm(hidden),
             queries=queries,
@@ -170,7 +171,7 @@ class FalconDecoderLayer(nn.Module):
             start=None if start is None else self.input_norm(start),
             **attention,
         )
-        hidden = (hidden if start is None else start)[:, hidden.shape[1] - queries :]
+        hidden = hidden[:, hidden.shape[1] - queries :] if start is None else start
         if select is not None:
             hidden = hidden.flatten(0, 1).index_select(0, select)
         hidden = hidden + attended
@@ -345,7 +346,9 @@ class FalconDrafter(PreTrainedModel):
         rotary = self.rotary(fused, positions)
         queries = fused.shape[1] if queries is None else queries
         last = len(self.layers) - 1
-        start = None if self.mixing is None else self.mixing(fused, place)
+        # Blocks end at the last column unless ``place`` says otherwise, so k queries of one layer need no more columns.
+        short = place is None and last == 0 and queries % self.config.block_size == 0
+        start = None if self.mixing is None else self.mixing(fused[:, -queries:] if short else fused, place)
         for index, layer in enumerate(self.layers):
             # Only the last layer can leave columns out: the others' outputs are the next one's keys.
             wanted = queries if index == last else fused.shape[1]

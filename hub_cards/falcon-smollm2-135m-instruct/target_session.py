@@ -73,6 +73,7 @@ class TargetSession:
         target: PreTrainedModel,
         rows: int,
         slots: int,
+        room: int,
         model_kwargs: dict[str, Any],
         feature_layers: list[int] | None = None,
     ) -> None:
@@ -82,6 +83,7 @@ class TargetSession:
             target: the target.
             rows: B.
             slots: what a static cache must hold: the longest text and one tree.
+            room: nodes of the largest tree, the root included.
             model_kwargs: as ``generate()`` hands them to a decoding method.
             feature_layers: hidden states that make a feature, side by side; the last alone by default.
 
@@ -101,7 +103,7 @@ class TargetSession:
         self._plain_rows = PlainRows(self.cache, self.config.num_hidden_layers)
         self.cache = fitting_cache(self.cache, rows, slots)
         self._static = any(isinstance(layer, StaticLayer) for layer in self.cache.layers)
-        self._slots = slots
+        self._room = room
         self._forward: Any = target
         self.model_kwargs = {**model_kwargs, self._cache_key: self.cache}
         self._extra = {name: value for name, value in model_kwargs.items() if name not in _OWN_KWARGS}
@@ -126,7 +128,6 @@ class TargetSession:
         Raises:
             ValueError: if the cache cannot give up rejected drafts, or the target would return wrong attentions.
         """
-        self._room = self._slots - generation_config.max_length  # for a tree
         if self._static:
             self._compile(generation_config)
         self.cache.activate_past_recording()
@@ -153,6 +154,7 @@ class TargetSession:
         self._note_slots(features.device)
         # Padding has no features worth drafting from. One sync, once.
         self._filled: list[int] = self._valid.sum(-1).tolist()  # valid slots of each row
+        self._prompt_filled = list(self._filled)
         self.prompt_features = [features[row : row + 1, -real:] for row, real in enumerate(self._filled)]
         return outputs
 
@@ -190,7 +192,8 @@ class TargetSession:
         """``[B, S, W]``, what the drafter reads of a forward: the last hidden state, or several side by side."""
         if self._feature_layers is None:
             return outputs.hidden_states[-1]
-        return torch.cat([outputs.hidden_states[layer] for layer in self._feature_layers], dim=-1)
+        states = [outputs.hidden_states[layer] for layer in self._feature_layers]
+        return torch.cat([state.to(states[-1].device) for state in states], dim=-1)
 
     @property
     def length(self) -> int:
@@ -355,7 +358,8 @@ class TargetSession:
         if self.rows == 1:
             return  # no holes
         static = [layer.max_cache_len for layer in self.cache.layers if isinstance(layer, StaticLayer)]
-        wasted = self.length - max(self._filled)  # slots that not even the longest row uses
+        grown = max(now - then for now, then in zip(self._filled, self._prompt_filled, strict=True))
+        wasted = self.length - self._prompt_slots - grown  # slots behind the prompt that not even the longest row uses
         if wasted > self.length * _WASTE_SHARE or any(room < self.length + nodes for room in static):
             self.compact()
 

@@ -189,6 +189,6 @@ def ancestors_of(parents: torch.Tensor, depth: int) -> torch.Tensor:
     steps = ((parents[:, :, None] == nodes) | (nodes[:, None] == nodes)).float()
     reach = 1
     while reach < depth:
-        steps = steps @ steps  # counts ways, so it is positive exactly where there is one
+        steps = (steps @ steps).clamp_max(1)  # counts ways, which would overflow in a deep tree
         reach *= 2
     return steps > 0

@@ -182,6 +182,10 @@ class FalconDrafterConfig(PreTrainedConfig):
         if self.rope_parameters is None:
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
         super().__post_init__(**kwargs)
+        self.check()
+
+    def check(self) -> None:
+        """Raise ValueError for the first field of a wrong type or with an impossible value, saying what it may be."""
         self._check_types()
         # Here rather than in a ``validate_*`` hook, because those run only on some ways of making a config.
         self._check_values()

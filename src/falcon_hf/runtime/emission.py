@@ -41,6 +41,10 @@ class Emission:
         self._prompt_length = input_ids.shape[1]
         self._processor = logits_processor
         self._criteria = stopping_criteria
+        # transformers' own criteria judge each row by itself; others may go by its place in the batch.
+        self._needs_place = self._rows > 1 and any(
+            not type(criterion).__module__.startswith("transformers.") for criterion in stopping_criteria
+        )
         self._config = generation_config
         self._draws = draws
 
@@ -100,7 +104,10 @@ class Emission:
     def commit(self, token: torch.Tensor) -> torch.Tensor:
         """Append ``token`` ``[1]`` and return whether the text ends with it (a scalar bool tensor, no sync)."""
         self.ids = torch.cat((self.ids, token.to(self.ids.device)[:, None]), dim=-1)
-        return self._criteria(self.ids, None if self.scores is None else tuple(self.scores)).all()
+        if not self._needs_place:
+            return self._criteria(self.ids, None if self.scores is None else tuple(self.scores)).all()
+        scores = None if self.scores is None else tuple(step.repeat(self._rows, 1) for step in self.scores)
+        return self._criteria(self.ids.repeat(self._rows, 1), scores)[self._row]
 
     def record_hidden_states(self, states: tuple[torch.Tensor, ...], node: int) -> None:
         """Keep a verified node's hidden states, from ``[B, N, H]`` a layer, if the user asked for them."""

@@ -47,6 +47,8 @@ _EXCLUSIVE_OPTIONS = {
     "prompt_lookup_num_tokens": "it names another source of drafts",
     "assistant_early_exit": "it names another source of drafts",
     "assistant_ensemble_weight": "it would change the text",
+    "use_mtp": "it names another source of drafts",
+    "speculation_type": "it names another source of drafts",
 }
 
 
@@ -65,6 +67,7 @@ def validate(
     Raises:
         ValueError: beam search and other modes, options that exclude a drafter, and all of [`check_target`].
     """
+    drafter.config.check()  # users assign to it
     check_target(target, drafter.config)
     if generation_config.num_beams > 1:
         raise ValueError(
@@ -76,7 +79,7 @@ def validate(
             f"A Falcon drafter goes with greedy search and sampling, not {generation_mode}: drop assistant_model."
         )
     for option, why in _EXCLUSIVE_OPTIONS.items():
-        if getattr(generation_config, option, None) is not None:
+        if getattr(generation_config, option, None) not in (None, False):
             raise ValueError(f"{option} and a Falcon drafter exclude each other ({why}): drop one of the two.")
     if generation_mode_kwargs.get("assistant_tokenizer") is not None:
         raise ValueError("A Falcon drafter shares the target's tokenizer: drop assistant_tokenizer.")
@@ -134,8 +137,11 @@ def decode(
             generator.draw_siblings(siblings)
         pairs = CommittedPairs(generator, rows)
         switch = SpeculationSwitch(drafter.config.auto_off)
-        slots = generation_config.max_length + generator.shape.size
-        session = TargetSession(target, len(rows), slots, model_kwargs, drafter.config.feature_layers)
+        embeds = model_kwargs.get("inputs_embeds")  # where they stand for ids, max_length does not count them
+        uncounted = 0 if embeds is None else embeds.shape[1] - input_ids.shape[1]
+        room = generator.shape.size
+        slots = generation_config.max_length + uncounted + room
+        session = TargetSession(target, len(rows), slots, room, model_kwargs, drafter.config.feature_layers)
         with statistics.timed("prefill"):
             outputs = session.prefill(input_ids, generation_config)
         with statistics.timed("walk"):
@@ -144,8 +150,9 @@ def decode(
             stream.flush()
         with statistics.timed("draft"):
             pairs.add_prompt(session.prompt_features)
+            session.prompt_features = []
         switch.start()
-        prompt_states = outputs.hidden_states
+        prompt_states = outputs.hidden_states if generation_config.output_hidden_states else None
         while target._has_unfinished_sequences(all(row.ended for row in rows), synced_gpus, device=input_ids.device):
             if all(row.ended for row in rows):
                 session.idle(rows[0].ids[:, -1:], generation_config)
@@ -182,7 +189,7 @@ def chain_shape(drafter: FalconDrafter, target: PreTrainedModel) -> TreeShape | 
     if support is None or support.drafts != "chain":
         return None
     tree = drafter_tree(drafter)
-    return chain(tree.depth if isinstance(tree, TreeShape) else tree.depth(drafter.config.block_size))
+    return chain(tree.depth if isinstance(tree, TreeShape) else min(tree.nodes, tree.depth(drafter.config.block_size)))
 
 
 def check_row_ends(rows: int, stopping_criteria: StoppingCriteriaList, generation_config: GenerationConfig) -> None:

@@ -160,6 +160,12 @@ def check_target(target: PreTrainedModel, config: FalconDrafterConfig) -> None:
             f"The drafter reads hidden states of width {config.hidden_size}, {name} has {text.hidden_size}. "
             f"Use a drafter trained for this target ({_trained_for(config)})."
         )
+    layers = config.feature_layers
+    if layers is not None and layers[-1] != text.num_hidden_layers:
+        raise ValueError(
+            f"The drafter reads the hidden states {layers}, of which the last must be {name}'s last, number "
+            f"{text.num_hidden_layers}. Use a drafter trained for this target ({_trained_for(config)})."
+        )
     if support.drafts == "tree":
         check_attention(target)
     prepare = getattr(target.prepare_inputs_for_generation, "__self__", target)

@@ -31,7 +31,8 @@ def fitting_cache(cache: Any, rows: int, slots: int) -> Any:
                 "generate without assistant_model."
             )
         if replaceable:
-            return Cache(layers=[StaticLayer(max_cache_len=slots) for _ in cache.layers])
+            layers = [StaticLayer(max_cache_len=slots) for _ in cache.layers]
+            return Cache(layers=layers, offloading=getattr(cache, "offloading", False))
         raise ValueError(
             f"The static cache is too small for the text and a draft tree: make it "
             f"Cache(layers=[StaticLayer(max_cache_len={slots}), ...]), one layer per layer of the target, or drop it."

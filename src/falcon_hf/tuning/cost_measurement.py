@@ -58,7 +58,7 @@ def start_session(target: PreTrainedModel, ids: torch.Tensor, room: int) -> tupl
     config.output_hidden_states = False
     config.max_length = ids.shape[1]  # and the rest of the slots are the tree's
     kwargs = {cache_key(target): DynamicCache(config=target.config.get_text_config()), "use_cache": True}
-    session = TargetSession(target, 1, ids.shape[1] + room, kwargs)
+    session = TargetSession(target, 1, ids.shape[1] + room, room, kwargs)
     session.prefill(ids, config)
     return session, config
 

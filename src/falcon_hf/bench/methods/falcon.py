@@ -23,6 +23,15 @@ from .base import Method, MethodContext
 _FIELDS = set(FalconDrafterConfig.__annotations__) - {"model_type"}
 _WEIGHTS = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
 _WEIGHTS |= {"num_key_value_heads", "head_dim", "block_size", "fusion", "fusion_layers", "draft_vocab_size", "tree"}
+_WEIGHTS |= {
+    "feature_layers",
+    "block_mixing",
+    "correction_rank",
+    "input_norm",
+    "attention_bias",
+    "fusion_bias",
+    "mlp_bias",
+}
 
 
 class Falcon(Method):
