@@ -1,4 +1,4 @@
-"""Notebooks: their code parses, and what they import from falcon_hf is there; .ci/run executes them."""
+"""Notebooks: their code parses, and what they import from falcon_hf is there."""
 
 from __future__ import annotations
 

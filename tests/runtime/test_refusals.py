@@ -59,6 +59,8 @@ def assert_refused(target: Any, drafter: Any, message: str, error: Any = ValueEr
         ({"num_beams": 4, "num_return_sequences": 2}, "num_beams=4"),
         ({"use_cache": False}, "needs a key-value cache: drop use_cache=False"),
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens .*drop one of the two"),
+        ({"use_mtp": True}, "use_mtp .*drop one of the two"),
+        ({"speculation_type": "dflash"}, "speculation_type .*drop one of the two"),
         ({"assistant_early_exit": 1}, "assistant_early_exit .*drop one of the two"),
         ({"assistant_tokenizer": object(), "tokenizer": object()}, "drop assistant_tokenizer"),
     ],
@@ -218,3 +220,17 @@ def test_missing_weights(drafter, tmp_path):
 def test_no_such_folder(tmp_path):
     with pytest.raises(OSError, match="nothing-here"):
         FalconDrafter.from_pretrained(tmp_path / "nothing-here")
+
+
+def test_feature_layers_of_another_target(target, tiny_drafter):
+    drafter = tiny_drafter(target, feature_layers=[1, 7])
+    assert_refused(target, drafter, r"hidden states \[1, 7\].*number 2")
+
+
+def test_a_config_that_was_changed_is_looked_at_again(target, drafter):
+    before = drafter.config.verifier
+    drafter.config.verifier = "rejecton"
+    try:
+        assert_refused(target, drafter, "verifier")
+    finally:
+        drafter.config.verifier = before

@@ -85,3 +85,20 @@ def test_a_stale_tree_slot_is_never_seen(tiny_drafter, monkeypatch):
         return
     falcon, _ = run(target, 0, inputs, assistant_model=drafter, **options)
     assert falcon.tolist() != plain.tolist()
+
+
+def test_embeddings_alone_take_room_too(tiny_drafter):
+    """They stand for ids that ``max_length`` does not count."""
+    target = tiny_family("llama")
+    drafter = tiny_drafter(target, tree=TREE)
+    options = GREEDY | {"assistant_model": drafter, "cache_implementation": "static"}
+    for length in (6, 40):
+        ids = batch((length,))["input_ids"]
+        inputs = {"inputs_embeds": target.get_input_embeddings()(ids).detach()}
+        if not CROPPABLE:
+            with pytest.raises(ValueError, match=REFUSAL):
+                run(target, 0, inputs, **options)
+            continue
+        plain, _ = run(target, 0, inputs, **GREEDY)
+        falcon, _ = run(target, 0, inputs, **options)
+        assert falcon.tolist() == plain.tolist()

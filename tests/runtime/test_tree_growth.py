@@ -75,3 +75,10 @@ def test_ancestors_by_squaring(shares):
         depths.append(depths[parent] + 1)
     assert torch.equal(ancestors_of(torch.tensor([parents]), max(depths))[0], ancestor_mask(parents))
     assert tree_growth.ancestors_of is ancestors_of
+
+
+def test_ancestors_of_a_deep_chain():
+    """Ways to an ancestor are many; counted without bound they overflow, and the mask is wrong (depths above 256)."""
+    parents = torch.arange(-1, 63)[None]
+    for depth in (63, 257, 1000):
+        assert torch.equal(ancestors_of(parents, depth)[0], torch.ones(64, 64).tril().bool())

@@ -18,7 +18,7 @@ UPLOAD_OPTIONS = (
 )
 # Of an earlier upload in one file or in shards; transformers would load a single file rather than newer shards.
 _STALE = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
-_IGNORED = ["__pycache__/*", "**/__pycache__/*", "*.pyc", ".git/*"]
+_IGNORED = ["__pycache__/*", "**/__pycache__/*", "*.pyc", ".git/*", "checkpoints/*"]
 
 
 def upload_repo(
