@@ -12,6 +12,7 @@ import torch
 
 from falcon_hf import FalconDrafter, TreeShape
 from falcon_hf.tuning.calibration import Calibration
+from falcon_hf.tuning.choice import choose
 from falcon_hf.tuning.roofline import SHAPES, TargetShape
 
 from .conftest import Run, assert_refused
@@ -92,6 +93,29 @@ def test_two_drafters_are_compared(run: Run, repos: Path, home: Path, tmp_path: 
     found = json.loads(result.stdout)["predictions"]
     assert {one["block_size"] for one in found if one["tree"]} <= {2, 3}
     assert len(Calibration.read(tmp_path / "tune.json").drafters) == 2
+
+
+def test_a_drafter_gets_its_own_best_tree(
+    run: Run, repos: Path, home: Path, tmp_path: Path, tiny_drafter: Any
+) -> None:
+    """Of two drafters each gets the best of its own, whichever is the faster; a third one gets nothing."""
+    from transformers import AutoModelForCausalLM
+
+    target = AutoModelForCausalLM.from_pretrained(repos / "target", dtype="auto")
+    shutil.copytree(repos / "drafter", tmp_path / "two")
+    tiny_drafter(target, 3).save_pretrained(tmp_path / "three")
+    given = [*options(repos, home, drafter=tmp_path / "two", output=tmp_path / "t.json"), "--drafter"]
+    given += [str(tmp_path / "three"), "--json"]
+    for name in ("two", "three"):
+        result = run(*given, "--apply", f"{tmp_path}/./{name}")
+        assert result.exit_code == 0, result.output
+        (own,) = [one for one in Calibration.read(tmp_path / "t.json").options() if one.name == str(tmp_path / name)]
+        best = next(one for one in choose([own], 2, 8) if one.shape is not None)
+        assert FalconDrafter.from_pretrained(tmp_path / name).config.tree == best.tree
+    shutil.copytree(tmp_path / "two", tmp_path / "other")
+    before = (tmp_path / "other" / "config.json").read_bytes()
+    assert_refused(run(*given, "--apply", tmp_path / "other"), "none of the drafters measured", "--drafter")
+    assert (tmp_path / "other" / "config.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,8 @@ def tune(
     contexts: Annotated[str, typer.Option(help="Context lengths at which verification is timed.")] = "64,256",
     repeats: Annotated[int, typer.Option(min=1, help="Of each timed call, and of --check.")] = 9,
     apply: Annotated[
-        Path | None, typer.Option(help="Write the best tree into the config of the drafter in this folder.")
+        Path | None,
+        typer.Option(help="Write the best tree of the --drafter in this folder into its config."),
     ] = None,
     check: Annotated[
         Path | None, typer.Option(help="Measure settings beside plain generate() and store them with predictions.")
@@ -107,12 +108,11 @@ def tune(
         plan = CalibrationPlan(
             max_new_tokens, max_passes, max_nodes, contexts=_numbers(contexts, "--contexts"), repeats=repeats
         )
-        if apply is not None and not (apply / "config.json").is_file():
-            raise TuningError(f"--apply {apply} is no drafter's folder.")
         parsed, where = parse_dtype(dtype), parse_device(device)
         sources = drafter or ([find_demo_drafter()] if target == DEMO else [])
         if not sources:
             raise TuningError("Name the target's drafter: --drafter FOLDER_OR_REPO.")
+        receiver = None if apply is None else _receiver(apply, sources)
         set_threads(threads)
         with quiet():
             model, tokenizer = load_target(target, parsed, where)
@@ -141,7 +141,10 @@ def tune(
             assert best is not None  # chains are always among the candidates
             assert best.shape is not None
             if apply is not None:
-                write_drafter_tree(apply, calibration.dynamic(best).tree if dynamic else best.shape)
+                # The best tree of this drafter: another one's ranks and k are not its own.
+                own = next(one for one in found if one.shape is not None and one.drafter == receiver)
+                assert own.shape is not None
+                write_drafter_tree(apply, calibration.dynamic(own).tree if dynamic else own.shape)
             result = None
             if check is not None:
                 options = calibration.options()
@@ -190,6 +193,23 @@ def _draw(folder: Path, calibration: Calibration, best: Prediction, sweep: dict[
         for kind in {entry["kind"] for entry in sweep["settings"]} - {"chosen"}:
             own = {**sweep, "settings": [entry for entry in sweep["settings"] if entry["kind"] == kind]}
             save(draw_sweep(own), folder / f"sweep-{kind}")
+
+
+def _receiver(folder: Path, sources: list[str]) -> str:
+    """Which of the drafters lies in the folder of ``--apply``.
+
+    Raises:
+        TuningError: if none does.
+    """
+    if not (folder / "config.json").is_file():
+        raise TuningError(f"--apply {folder} is no drafter's folder.")
+    for source in sources:
+        if Path(source).is_dir() and Path(source).resolve() == folder.resolve():
+            return source
+    raise TuningError(
+        f"--apply {folder} is none of the drafters measured ({', '.join(sources)}): a tree fits the drafter it was "
+        "found for. Give its folder with --drafter."
+    )
 
 
 def _drafter(source: str, target: Any) -> NamedDrafter:
