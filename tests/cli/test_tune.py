@@ -70,8 +70,19 @@ def test_tune_check_and_apply(run: Run, repos: Path, home: Path) -> None:
     assert [entry["passes"] for entry in cells] == [1, 2]
     assert (home / "p" / "sweep-tuned.png").is_file()
 
-    other = run(*options(repos, home, dtype="bfloat16"))
-    assert_refused(other, "tune.json is of other target", "--output")
+    before = (home / "tune.json").read_bytes()
+    for changed, difference in (
+        ({"dtype": "bfloat16"}, "target."),
+        ({"num_prompts": 2}, "prompts.count: 3 there, 2 here"),
+        ({"prompts": home / "prompts.jsonl"}, "prompts.sha256"),
+        ({"max_new_tokens": 9}, "plan.max_new_tokens: 8 there, 9 here"),
+        ({"max_nodes": 7}, "plan.nodes: 8 there, 7 here"),
+        ({"contexts": "16"}, "plan.contexts"),
+    ):
+        assert_refused(run(*options(repos, home, **changed)), "tune.json is of other settings", difference, "--output")
+    assert (home / "tune.json").read_bytes() == before
+    shutil.copy(home / "questions.jsonl", home / "renamed.jsonl")
+    assert run(*options(repos, home, prompts=home / "renamed.jsonl"), "--json").exit_code == 0
 
 
 @pytest.mark.parametrize(("name", "count"), [("prompts.jsonl", 2), ("prompts.txt", 3)])

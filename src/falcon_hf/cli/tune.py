@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from dataclasses import replace
@@ -13,6 +14,7 @@ import typer
 from ..bench.errors import BenchError
 from ..bench.methods.falcon import drafter_folder, weights_sha256
 from ..bench.provenance import describe_target, machine, versions
+from ..bench.result_file import first_setting_that_differs
 from ..tuning.calibrate import CalibrationPlan, NamedDrafter, calibrate
 from ..tuning.calibration import Calibration
 from ..tuning.check import SWEEP_NODES, compare, measure, spread_settings, sweep_settings, write_check
@@ -25,8 +27,8 @@ from .prompts import read_prompts
 from .tune_plan import curves, simulate
 from .tune_tables import check_table, choice_table, prediction_values
 
-# What must be equal for a stored calibration to be used again.
-_SAME = ("target", "machine", "versions")
+# What must be equal for a stored calibration to be used again; of the prompts, not the name of their file.
+_SAME = ("target", "machine", "versions", "prompts", "plan")
 
 
 def tune(
@@ -226,7 +228,7 @@ def _drafter(source: str, target: Any) -> NamedDrafter:
 
 
 def _stored(path: Path, provenance: dict[str, Any], drafters: list[NamedDrafter]) -> Calibration | None:
-    """The calibration at ``path`` if it is one of these models on this machine; None if there is no file.
+    """The calibration at ``path`` if it is one of these models, prompts and plan on this machine; None without a file.
 
     Raises:
         TuningError: if the file is something else.
@@ -235,12 +237,15 @@ def _stored(path: Path, provenance: dict[str, Any], drafters: list[NamedDrafter]
         return None
     calibration = Calibration.read(path)
     now = json.loads(json.dumps(provenance))
-    known = {drafter.name: drafter.provenance for drafter in calibration.drafters}
-    differs = [name for name in _SAME if calibration.provenance.get(name) != now[name]]
-    if known != {named.name: named.provenance for named in drafters}:
-        differs.append("drafters")
-    if differs:
-        raise TuningError(f"{path} is of other {', '.join(differs)}; choose another --output, or delete it.")
+    then = {name: copy.copy(calibration.provenance.get(name)) for name in _SAME}
+    then["drafters"] = {drafter.name: drafter.provenance for drafter in calibration.drafters}
+    now = {name: now[name] for name in _SAME} | {"drafters": {named.name: named.provenance for named in drafters}}
+    for settings in (then, now):
+        if isinstance(settings["prompts"], dict):
+            settings["prompts"].pop("file", None)
+    difference = first_setting_that_differs(then, now)
+    if difference is not None:
+        raise TuningError(f"{path} is of other settings ({difference}); choose another --output, or delete it.")
     stderr.print(f"Using the calibration in {path}.", soft_wrap=True)
     return calibration
 
