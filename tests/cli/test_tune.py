@@ -11,10 +11,14 @@ import pytest
 import torch
 
 from falcon_hf import FalconDrafter, TreeShape
+from falcon_hf.bench.question_sets import find_questions
+from falcon_hf.cli.prompts import read_prompts
 from falcon_hf.tuning.calibration import Calibration
 from falcon_hf.tuning.choice import choose
+from falcon_hf.tuning.errors import TuningError
 from falcon_hf.tuning.roofline import SHAPES, TargetShape
 
+from ..bench.tiny import byte_tokenizer
 from .conftest import Run, assert_refused
 
 LINES = [
@@ -93,6 +97,37 @@ def test_other_prompt_files(run: Run, repos: Path, home: Path, tmp_path: Path, n
     assert json.loads(result.stdout)["predictions"][0]["tokens_per_second"] > 0
 
 
+def test_named_question_sets(run: Run, repos: Path, home: Path, tmp_path: Path) -> None:
+    given = options(repos, home, prompts="out-of-domain/law", output=tmp_path / "t.json", num_prompts=2)
+    check = ("--check", tmp_path / "c.json", "--check-prompts", "out-of-domain", "--settings", 2)
+    result = run(*given, *check, "--json")
+    assert result.exit_code == 0, result.output
+    known = find_questions("out-of-domain/law")
+    found = Calibration.read(tmp_path / "t.json").provenance["prompts"]
+    assert found == {"file": "out-of-domain/law", "sha256": known.sha256, "count": 2}
+    assert json.loads((tmp_path / "c.json").read_text())["summary"]["calls"] == 2
+    refused = run(*options(repos, home, prompts="no-such-set", output=tmp_path / "u.json"))
+    assert_refused(refused, "no-such-set", "mt-bench", "out-of-domain")
+
+
+def test_mt_bench_as_the_hub_has_it(tmp_path: Path) -> None:
+    """Its ``prompt`` is a list of turns; the first is asked."""
+    line = {"prompt_id": 81, "prompt": ["Write a post.", "Rewrite it."], "category": "writing", "reference": []}
+    path = tmp_path / "question.jsonl"
+    path.write_text(json.dumps(line | {"question_id": 81}) + "\n")
+    tokenizer = byte_tokenizer()
+    (prompt,) = read_prompts(str(path), tokenizer).prompts
+    assert prompt.task == "writing"
+    assert "Write a post." in tokenizer.decode(prompt.ids[0])
+    assert "Rewrite" not in tokenizer.decode(prompt.ids[0])
+    path.write_text('{"other": "a \\"prompt\\"", "prompt": "One?"}\n')
+    (plain,) = read_prompts(str(path), tokenizer).prompts
+    assert "One?" in tokenizer.decode(plain.ids[0])
+    path.write_text('{"prompt": "One?"}\n{"prompt": ["Two?"]}\n')
+    with pytest.raises(TuningError, match='non-empty "prompt"'):
+        read_prompts(str(path), tokenizer)
+
+
 def test_two_drafters_are_compared(run: Run, repos: Path, home: Path, tmp_path: Path, tiny_drafter: Any) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -106,9 +141,7 @@ def test_two_drafters_are_compared(run: Run, repos: Path, home: Path, tmp_path: 
     assert len(Calibration.read(tmp_path / "tune.json").drafters) == 2
 
 
-def test_a_drafter_gets_its_own_best_tree(
-    run: Run, repos: Path, home: Path, tmp_path: Path, tiny_drafter: Any
-) -> None:
+def test_a_drafter_gets_its_own_best_tree(run: Run, repos: Path, home: Path, tmp_path: Path, tiny_drafter: Any) -> None:
     """Of two drafters each gets the best of its own, whichever is the faster; a third one gets nothing."""
     from transformers import AutoModelForCausalLM
 

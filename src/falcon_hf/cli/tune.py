@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import typer
 from ..bench.errors import BenchError
 from ..bench.methods.falcon import drafter_folder, weights_sha256
 from ..bench.provenance import describe_target, machine, versions
+from ..bench.question_sets import NAMES
 from ..bench.result_file import first_setting_that_differs
 from ..tuning.calibrate import CalibrationPlan, NamedDrafter, calibrate
 from ..tuning.calibration import Calibration
@@ -33,7 +33,11 @@ _SAME = ("target", "machine", "versions", "prompts", "plan")
 
 def tune(
     prompts: Annotated[
-        Path | None, typer.Option(help="Prompts: Spec-Bench questions (jsonl), jsonl with a 'prompt', or .txt lines.")
+        str | None,
+        typer.Option(
+            help="Prompts: Spec-Bench questions (jsonl), jsonl with a 'prompt', .txt lines, a file of a Hub dataset "
+            f"(org/dataset:file.jsonl), or one of {', '.join(NAMES)}."
+        ),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Calibration file (JSON). If it is there and fits, it is used as it is.")
@@ -55,7 +59,9 @@ def tune(
     check: Annotated[
         Path | None, typer.Option(help="Measure settings beside plain generate() and store them with predictions.")
     ] = None,
-    check_prompts: Annotated[Path | None, typer.Option(help="Prompts for --check; --prompts by default.")] = None,
+    check_prompts: Annotated[
+        str | None, typer.Option(help="Prompts for --check, as --prompts, which they are by default.")
+    ] = None,
     check_repeats: Annotated[int, typer.Option(min=1, help="Times --check asks each prompt.")] = 1,
     settings: Annotated[int, typer.Option(min=1, help="How many settings --check measures.")] = 12,
     sweep: Annotated[
@@ -122,21 +128,16 @@ def tune(
                 _set_attention(model, attention)
             asked = read_prompts(prompts, tokenizer, num_prompts)
             drafters = [_drafter(source, model) for source in sources]
-            digest = hashlib.sha256(prompts.read_bytes()).hexdigest()
             provenance = {
                 "versions": versions(),
                 "machine": machine(model.device),
                 "target": describe_target(model),
-                "prompts": {
-                    "file": prompts.name,
-                    "sha256": digest,
-                    "count": len(asked),
-                },
+                "prompts": {"file": asked.name, "sha256": asked.sha256, "count": len(asked.prompts)},
                 "plan": {name: getattr(plan, name) for name in plan.__dataclass_fields__},
             }
             calibration = _stored(output, provenance, drafters)
             if calibration is None:
-                calibration = calibrate(model, drafters, asked, plan, provenance, _progress(not as_json))
+                calibration = calibrate(model, drafters, asked.prompts, plan, provenance, _progress(not as_json))
                 calibration.write(output)
             found = choose(calibration.options(), max_passes, max_nodes)
             best = next((prediction for prediction in found if prediction.shape is not None), None)
@@ -159,7 +160,7 @@ def tune(
                     chosen += [calibration.dynamic(one) for one in chosen if one.kind in ("tuned", "chosen")]
                 wanted = asked if check_prompts is None else read_prompts(check_prompts, tokenizer, num_prompts)
                 measured = measure(
-                    model, drafters, wanted, chosen, max_new_tokens, check_repeats, _progress(not as_json)
+                    model, drafters, wanted.prompts, chosen, max_new_tokens, check_repeats, _progress(not as_json)
                 )
                 result = compare(calibration, chosen, measured)
                 write_check(check, result)
