@@ -76,7 +76,7 @@ def tune(
     pictures: Annotated[Path | None, typer.Option(help="Folder for pictures: the best tree, the sweep, plans.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     attention: Annotated[str | None, typer.Option(help="sdpa or eager; the target's own by default.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; CUDA if there is one by default.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own by default.")] = None,
     simulated: Annotated[
         bool, typer.Option("--simulate", help="Measure nothing: plan for a target's shape and a GPU by a roofline.")
