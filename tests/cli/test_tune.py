@@ -240,6 +240,27 @@ def test_impossible_plans_are_refused(run: Run, given: tuple[str, ...], words: t
     assert_refused(run("tune", "--simulate", *given), *words)
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (("--sweep",), ("--sweep: needs --check FILE",)),
+        (("--check-prompts", "a.jsonl", "--settings", 3), ("--check-prompts, --settings: needs --check",)),
+        (("--check-repeats", 1), ("--check-repeats: needs --check",)),
+        (("--dynamic",), ("--dynamic: needs --check FILE or --apply",)),
+        (("--check", "c.json", "--sweep", "--settings", 12), ("--settings: --sweep",)),
+        (("--gpu", "h200"), ("--gpu: only with --simulate",)),
+        (("--simulate", "--prompts", "p.txt", "--device", "cpu"), ("--prompts, --device: not with --simulate",)),
+        (("--simulate", "--apply", "x"), ("--apply: not with --simulate",)),
+        (("--simulate", "--cost-curves"), ("--cost-curves: not with --simulate",)),
+        (("--cost-curves", "--shape", "1B", "--max-nodes", 64), ("--max-nodes: not with --cost-curves",)),
+        (("--cost-curves", "--json"), ("--json: not with --cost-curves",)),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(run: Run, given: tuple[Any, ...], words: tuple[str, ...]) -> None:
+    """Also where the value given is the default."""
+    assert_refused(run("tune", *given), *words)
+
+
 def test_generate_trace(run: Run, repos: Path) -> None:
     given = ("generate", "--target", repos / "target", "--drafter", repos / "drafter", "--max-new-tokens", 8, "Hello")
     result = run(*given, "--trace")

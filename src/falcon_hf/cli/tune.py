@@ -21,7 +21,7 @@ from ..tuning.check import SWEEP_NODES, compare, measure, spread_settings, sweep
 from ..tuning.choice import Prediction, choose
 from ..tuning.errors import TuningError
 from ..tuning.tree_files import write_drafter_tree
-from .console import fail, parse_device, parse_dtype, print_json, quiet, set_threads, stderr
+from .console import fail, parse_device, parse_dtype, print_json, quiet, refuse_options, set_threads, stderr
 from .loading import DEMO, find_demo_drafter, load_drafter, load_target
 from .prompts import read_prompts
 from .tune_plan import curves, simulate
@@ -30,8 +30,14 @@ from .tune_tables import check_table, choice_table, prediction_values
 # What must be equal for a stored calibration to be used again; of the prompts, not the name of their file.
 _SAME = ("target", "machine", "versions", "prompts", "plan")
 
+# Options of --simulate and of --cost-curves, and what else these two read.
+_PLANNED = {"shape", "gpu", "gpus", "acceptance", "mode", "context"}
+_SIMULATE = _PLANNED | {"simulated", "max_passes", "max_nodes", "output", "pictures", "as_json"}
+_CURVES = {"cost_curves", "shape", "device", "dtype", "threads", "contexts", "max_passes", "repeats", "output"}
+
 
 def tune(
+    command: typer.Context,
     prompts: Annotated[
         str | None,
         typer.Option(
@@ -51,7 +57,7 @@ def tune(
     max_passes: Annotated[int, typer.Option(min=1, help="m: drafter passes a round, at most.")] = 4,
     max_nodes: Annotated[int, typer.Option(min=2, help="N: nodes of a tree, the root included, at most.")] = 64,
     contexts: Annotated[str, typer.Option(help="Context lengths at which verification is timed.")] = "64,256",
-    repeats: Annotated[int, typer.Option(min=1, help="Of each timed call, and of --check.")] = 9,
+    repeats: Annotated[int, typer.Option(min=1, help="Of each timed call.")] = 9,
     apply: Annotated[
         Path | None,
         typer.Option(help="Write the best tree of the --drafter in this folder into its config."),
@@ -102,6 +108,7 @@ def tune(
 
     Example: falcon-hf tune --prompts questions.jsonl --num-prompts 30 --output tune.json --apply my-drafter
     """
+    _refuse_ignored(command, simulated, cost_curves, check is not None, apply is not None, sweep)
     try:
         if simulated:
             simulate(shape, gpu, gpus, acceptance, mode, context, max_passes, max_nodes, output, pictures, as_json)
@@ -169,6 +176,25 @@ def tune(
     except (TuningError, BenchError) as error:
         fail(str(error))
     _show(found, result, output, apply, as_json)
+
+
+def _refuse_ignored(
+    command: typer.Context, simulated: bool, cost_curves: bool, checks: bool, applies: bool, sweeps: bool
+) -> None:
+    """End the command if an option was given that what it does would not read."""
+    every = {str(parameter.name) for parameter in command.command.params}
+    if simulated:
+        refuse_options(command, every - _SIMULATE, "not with --simulate, which measures nothing")
+    elif cost_curves:
+        refuse_options(command, every - _CURVES, "not with --cost-curves, which times random weights alone")
+    else:
+        refuse_options(command, _PLANNED, "only with --simulate (--shape with --cost-curves too)")
+    if not checks:
+        refuse_options(command, {"sweep", "settings", "check_prompts", "check_repeats"}, "needs --check FILE")
+        if not applies:
+            refuse_options(command, {"dynamic"}, "needs --check FILE or --apply FOLDER")
+    elif sweeps:
+        refuse_options(command, {"settings"}, "--sweep measures every size")
 
 
 def _show(
