@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from falcon_hf.cli.prompts import read_prompts
 from falcon_hf.tuning.calibration import Calibration
 from falcon_hf.tuning.choice import choose
 from falcon_hf.tuning.errors import TuningError
-from falcon_hf.tuning.roofline import SHAPES, TargetShape
+from falcon_hf.tuning.roofline import SHAPES, TargetShape, gpu_named
 
 from ..bench.tiny import byte_tokenizer
 from .conftest import Run, assert_refused
@@ -259,6 +260,12 @@ def test_impossible_plans_are_refused(run: Run, given: tuple[str, ...], words: t
 def test_options_that_would_be_ignored_are_refused(run: Run, given: tuple[Any, ...], words: tuple[str, ...]) -> None:
     """Also where the value given is the default."""
     assert_refused(run("tune", *given), *words)
+
+
+def test_the_help_names_gpus_that_there_are(run: Run) -> None:
+    text = " ".join(run("tune", "--help").stdout.split())
+    (named,) = re.findall(r"--gpu TEXT --simulate: ([^;]*), \.\.\.; see docs/tuning.md", text)
+    assert [gpu_named(name).name for name in named.split(", ")] == ["a100-80gb", "h100-sxm"]
 
 
 def test_generate_trace(run: Run, repos: Path) -> None:

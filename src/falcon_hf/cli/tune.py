@@ -92,7 +92,7 @@ def tune(
         typer.Option("--cost-curves", help="Time a target of --shape with random weights on --device; no download."),
     ] = False,
     shape: Annotated[str, typer.Option(help="--simulate: 1B, 7B, 8B, 13B, 70B, or all.")] = "all",
-    gpu: Annotated[str, typer.Option(help="--simulate: a100, h100, ...; see docs/tuning.md.")] = "a100-80gb",
+    gpu: Annotated[str, typer.Option(help="--simulate: a100-80gb, h100-sxm, ...; see docs/tuning.md.")] = "a100-80gb",
     gpus: Annotated[int, typer.Option(min=1, help="--simulate: GPUs that share the target.")] = 1,
     acceptance: Annotated[
         str, typer.Option(help="--simulate: a named profile, or a calibration file.")
