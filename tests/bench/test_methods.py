@@ -14,12 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from falcon_hf import TreeShape
+from falcon_hf import FalconDrafterConfig, TreeShape
 from falcon_hf.bench import methods
 from falcon_hf.bench.errors import BenchError
 from falcon_hf.bench.memory import reset_peak
 from falcon_hf.bench.methods import METHODS, MethodContext, build_method, parse_methods
 from falcon_hf.bench.methods.base import until_end
+from falcon_hf.bench.methods.falcon import FIELDS
 from falcon_hf.bench.methods.plain_compiled import CompileError
 
 OPTIONS = {"do_sample": False, "max_new_tokens": 20}
@@ -56,8 +57,10 @@ def test_labels_are_parsed() -> None:
         ("plain,eagle", "Unknown method 'eagle'; known: assistant, falcon, plain, plain_compiled, prompt_lookup"),
         ("plain,plain", "plain is given twice"),
         ("plain:tokens=3", "plain has no setting 'tokens=3'; it has: none"),
-        ("falcon:tree", "falcon has no setting 'tree'; it has: drafter=..., tree=..., FIELD=..."),
+        ("falcon:tree", "falcon has no setting 'tree'; it has: drafter=..., tree=..., lookup=..., verifier="),
         ("falcon:block_size=3", "no setting 'block_size=3'"),
+        ("falcon:logit_scale=0.5", "no setting 'logit_scale=0.5'; it has: drafter=.*auto_off=..."),
+        ("falcon:target_fingerprint=null", "no setting 'target_fingerprint=null'"),
         ("a=falcon,a=prompt_lookup", "a is given twice"),
         ("a|b=falcon", "A label is letters"),
         ("plain=falcon", "the label of the baseline"),
@@ -246,14 +249,20 @@ def test_the_verifier_rejection_draws_otherwise(chat_target: Any, drafter_path: 
 
 def test_fields_of_the_drafters_config(chat_target: Any, drafter_path: Path) -> None:
     context = MethodContext(chat_target, str(drafter_path))
-    method: Any = build_method("falcon:logit_scale=0.5:verifier=follow", context)
-    assert method.drafter.config.logit_scale == 0.5
-    assert method.provenance()["config"] == {"logit_scale": 0.5, "verifier": "follow"}
+    method: Any = build_method("falcon:auto_off=true:verifier=rejection", context)
+    assert method.drafter.config.auto_off is True
+    assert method.provenance()["config"] == {"auto_off": True, "verifier": "rejection"}
+    looked: Any = build_method("falcon:tree=dynamic6:lookup={}", context)
+    assert looked.drafter.config.lookup == {}
     assert "config" not in build_method("falcon", context).provenance()
     with pytest.raises(BenchError, match="verifier must be one of"):
         build_method("falcon:verifier=hope", context)
-    with pytest.raises(BenchError, match="logit_scale"):
-        build_method("falcon:logit_scale=much", context)
+    with pytest.raises(BenchError, match="auto_off"):
+        build_method("falcon:auto_off=much", context)
+    assert set(FIELDS) <= set(FalconDrafterConfig.__annotations__)
+    for name in set(FalconDrafterConfig.__annotations__) - set(FIELDS) - {"tree"}:
+        with pytest.raises(BenchError, match=f"no setting '{name}=1'"):
+            build_method(f"falcon:{name}=1", context)
 
 
 def prompts(*lengths: int) -> list[torch.Tensor]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from falcon_hf.bench.errors import BenchError
 from falcon_hf.bench.report import BEGIN, END
 from falcon_hf.cli import app
 
@@ -105,6 +106,30 @@ def test_goes_on_or_refuses(command: Command) -> None:
     other = command(methods="plain", max_new_tokens=7)
     assert_one_line(other, "options.max_new_tokens: 6 there, 7 here")
     assert Path("result.json").read_bytes() == before
+
+
+def test_the_default_device_is_cuda_where_there_is_one(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the result says on which it was: without CUDA, on the CPU."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert command(methods="plain").exit_code == 0
+    assert json.loads(Path("result.json").read_text())["settings"]["machine"]["device"] == "cpu"
+    assert command(methods="plain", device="cpu").exit_code == 0, "the same run"
+    asked: list[torch.device] = []
+
+    def load(name: str, dtype: torch.dtype, device: torch.device) -> None:
+        asked.append(device)
+        raise BenchError("far enough")
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("falcon_hf.cli.bench.load_target", load)
+    monkeypatch.setattr("falcon_hf.cli.tune.load_target", load)
+    assert_one_line(command(methods="plain", output="other.json"), "far enough")
+    questions = str(tmp_path / "none.jsonl")
+    tuned = CliRunner().invoke(app, ["tune", "--prompts", questions, "--output", "t.json", "--drafter", "any"])
+    assert_one_line(tuned, "far enough")
+    assert [device.type for device in asked] == ["cuda", "cuda"]
 
 
 def test_attention(command: Command) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,14 @@ import pytest
 import torch
 
 from falcon_hf import FalconDrafter, TreeShape
+from falcon_hf.bench.question_sets import find_questions
+from falcon_hf.cli.prompts import read_prompts
 from falcon_hf.tuning.calibration import Calibration
-from falcon_hf.tuning.roofline import SHAPES, TargetShape
+from falcon_hf.tuning.choice import choose
+from falcon_hf.tuning.errors import TuningError
+from falcon_hf.tuning.roofline import SHAPES, TargetShape, gpu_named
 
+from ..bench.tiny import byte_tokenizer
 from .conftest import Run, assert_refused
 
 LINES = [
@@ -69,8 +75,19 @@ def test_tune_check_and_apply(run: Run, repos: Path, home: Path) -> None:
     assert [entry["passes"] for entry in cells] == [1, 2]
     assert (home / "p" / "sweep-tuned.png").is_file()
 
-    other = run(*options(repos, home, dtype="bfloat16"))
-    assert_refused(other, "tune.json is of other target", "--output")
+    before = (home / "tune.json").read_bytes()
+    for changed, difference in (
+        ({"dtype": "bfloat16"}, "target."),
+        ({"num_prompts": 2}, "prompts.count: 3 there, 2 here"),
+        ({"prompts": home / "prompts.jsonl"}, "prompts.sha256"),
+        ({"max_new_tokens": 9}, "plan.max_new_tokens: 8 there, 9 here"),
+        ({"max_nodes": 7}, "plan.nodes: 8 there, 7 here"),
+        ({"contexts": "16"}, "plan.contexts"),
+    ):
+        assert_refused(run(*options(repos, home, **changed)), "tune.json is of other settings", difference, "--output")
+    assert (home / "tune.json").read_bytes() == before
+    shutil.copy(home / "questions.jsonl", home / "renamed.jsonl")
+    assert run(*options(repos, home, prompts=home / "renamed.jsonl"), "--json").exit_code == 0
 
 
 @pytest.mark.parametrize(("name", "count"), [("prompts.jsonl", 2), ("prompts.txt", 3)])
@@ -79,6 +96,37 @@ def test_other_prompt_files(run: Run, repos: Path, home: Path, tmp_path: Path, n
     assert result.exit_code == 0, result.output
     assert Calibration.read(tmp_path / "tune.json").provenance["prompts"]["count"] == count
     assert json.loads(result.stdout)["predictions"][0]["tokens_per_second"] > 0
+
+
+def test_named_question_sets(run: Run, repos: Path, home: Path, tmp_path: Path) -> None:
+    given = options(repos, home, prompts="out-of-domain/law", output=tmp_path / "t.json", num_prompts=2)
+    check = ("--check", tmp_path / "c.json", "--check-prompts", "out-of-domain", "--settings", 2)
+    result = run(*given, *check, "--json")
+    assert result.exit_code == 0, result.output
+    known = find_questions("out-of-domain/law")
+    found = Calibration.read(tmp_path / "t.json").provenance["prompts"]
+    assert found == {"file": "out-of-domain/law", "sha256": known.sha256, "count": 2}
+    assert json.loads((tmp_path / "c.json").read_text())["summary"]["calls"] == 2
+    refused = run(*options(repos, home, prompts="no-such-set", output=tmp_path / "u.json"))
+    assert_refused(refused, "no-such-set", "mt-bench", "out-of-domain")
+
+
+def test_mt_bench_as_the_hub_has_it(tmp_path: Path) -> None:
+    """Its ``prompt`` is a list of turns; the first is asked."""
+    line = {"prompt_id": 81, "prompt": ["Write a post.", "Rewrite it."], "category": "writing", "reference": []}
+    path = tmp_path / "question.jsonl"
+    path.write_text(json.dumps(line | {"question_id": 81}) + "\n")
+    tokenizer = byte_tokenizer()
+    (prompt,) = read_prompts(str(path), tokenizer).prompts
+    assert prompt.task == "writing"
+    assert "Write a post." in tokenizer.decode(prompt.ids[0])
+    assert "Rewrite" not in tokenizer.decode(prompt.ids[0])
+    path.write_text('{"other": "a \\"prompt\\"", "prompt": "One?"}\n')
+    (plain,) = read_prompts(str(path), tokenizer).prompts
+    assert "One?" in tokenizer.decode(plain.ids[0])
+    path.write_text('{"prompt": "One?"}\n{"prompt": ["Two?"]}\n')
+    with pytest.raises(TuningError, match='non-empty "prompt"'):
+        read_prompts(str(path), tokenizer)
 
 
 def test_two_drafters_are_compared(run: Run, repos: Path, home: Path, tmp_path: Path, tiny_drafter: Any) -> None:
@@ -92,6 +140,27 @@ def test_two_drafters_are_compared(run: Run, repos: Path, home: Path, tmp_path: 
     found = json.loads(result.stdout)["predictions"]
     assert {one["block_size"] for one in found if one["tree"]} <= {2, 3}
     assert len(Calibration.read(tmp_path / "tune.json").drafters) == 2
+
+
+def test_a_drafter_gets_its_own_best_tree(run: Run, repos: Path, home: Path, tmp_path: Path, tiny_drafter: Any) -> None:
+    """Of two drafters each gets the best of its own, whichever is the faster; a third one gets nothing."""
+    from transformers import AutoModelForCausalLM
+
+    target = AutoModelForCausalLM.from_pretrained(repos / "target", dtype="auto")
+    shutil.copytree(repos / "drafter", tmp_path / "two")
+    tiny_drafter(target, 3).save_pretrained(tmp_path / "three")
+    given = [*options(repos, home, drafter=tmp_path / "two", output=tmp_path / "t.json"), "--drafter"]
+    given += [str(tmp_path / "three"), "--json"]
+    for name in ("two", "three"):
+        result = run(*given, "--apply", f"{tmp_path}/./{name}")
+        assert result.exit_code == 0, result.output
+        (own,) = [one for one in Calibration.read(tmp_path / "t.json").options() if one.name == str(tmp_path / name)]
+        best = next(one for one in choose([own], 2, 8) if one.shape is not None)
+        assert FalconDrafter.from_pretrained(tmp_path / name).config.tree == best.tree
+    shutil.copytree(tmp_path / "two", tmp_path / "other")
+    before = (tmp_path / "other" / "config.json").read_bytes()
+    assert_refused(run(*given, "--apply", tmp_path / "other"), "none of the drafters measured", "--drafter")
+    assert (tmp_path / "other" / "config.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -170,6 +239,33 @@ def test_cost_curves(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 )
 def test_impossible_plans_are_refused(run: Run, given: tuple[str, ...], words: tuple[str, ...]) -> None:
     assert_refused(run("tune", "--simulate", *given), *words)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (("--sweep",), ("--sweep: needs --check FILE",)),
+        (("--check-prompts", "a.jsonl", "--settings", 3), ("--check-prompts, --settings: needs --check",)),
+        (("--check-repeats", 1), ("--check-repeats: needs --check",)),
+        (("--dynamic",), ("--dynamic: needs --check FILE or --apply",)),
+        (("--check", "c.json", "--sweep", "--settings", 12), ("--settings: --sweep",)),
+        (("--gpu", "h200"), ("--gpu: only with --simulate",)),
+        (("--simulate", "--prompts", "p.txt", "--device", "cpu"), ("--prompts, --device: not with --simulate",)),
+        (("--simulate", "--apply", "x"), ("--apply: not with --simulate",)),
+        (("--simulate", "--cost-curves"), ("--cost-curves: not with --simulate",)),
+        (("--cost-curves", "--shape", "1B", "--max-nodes", 64), ("--max-nodes: not with --cost-curves",)),
+        (("--cost-curves", "--json"), ("--json: not with --cost-curves",)),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(run: Run, given: tuple[Any, ...], words: tuple[str, ...]) -> None:
+    """Also where the value given is the default."""
+    assert_refused(run("tune", *given), *words)
+
+
+def test_the_help_names_gpus_that_there_are(run: Run) -> None:
+    text = " ".join(run("tune", "--help").stdout.split())
+    (named,) = re.findall(r"--gpu TEXT --simulate: ([^;]*), \.\.\.; see docs/tuning.md", text)
+    assert [gpu_named(name).name for name in named.split(", ")] == ["a100-80gb", "h100-sxm"]
 
 
 def test_generate_trace(run: Run, repos: Path) -> None:

@@ -51,7 +51,7 @@ def bench(
     ] = "plain,falcon",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     attention: Annotated[str | None, typer.Option(help="sdpa or eager; the target's own by default.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; CUDA if there is one by default.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own by default.")] = None,
     num_questions: Annotated[int | None, typer.Option(help="The first so many; all by default.")] = None,
     turns: Annotated[int | None, typer.Option(min=1, help="Turns of a question at most; all by default.")] = None,

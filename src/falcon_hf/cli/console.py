@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -90,6 +90,24 @@ def parse_device(name: str | None) -> torch.device:
         return torch.empty(0, device=name).device  # asks the device itself
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {name!r} cannot be used: {error}")
+
+
+def refuse_options(command: typer.Context, names: Collection[str], why: str) -> None:
+    """End the command if any of these options was given: it would be silently ignored.
+
+    Args:
+        command: the running command's context.
+        names: parameter names, such as ``check_prompts``.
+        why: ends the message behind the options' names, such as "needs --check".
+    """
+    given = [
+        parameter.opts[0]
+        for parameter in command.command.params
+        if parameter.name in names
+        and getattr(command.get_parameter_source(parameter.name), "name", None) not in (None, "DEFAULT", "DEFAULT_MAP")
+    ]
+    if given:
+        fail(f"{', '.join(given)}: {why}.")
 
 
 def set_threads(threads: int | None) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,25 +13,37 @@ import typer
 from ..bench.errors import BenchError
 from ..bench.methods.falcon import drafter_folder, weights_sha256
 from ..bench.provenance import describe_target, machine, versions
+from ..bench.question_sets import NAMES
+from ..bench.result_file import first_setting_that_differs
 from ..tuning.calibrate import CalibrationPlan, NamedDrafter, calibrate
 from ..tuning.calibration import Calibration
 from ..tuning.check import SWEEP_NODES, compare, measure, spread_settings, sweep_settings, write_check
 from ..tuning.choice import Prediction, choose
 from ..tuning.errors import TuningError
 from ..tuning.tree_files import write_drafter_tree
-from .console import fail, parse_device, parse_dtype, print_json, quiet, set_threads, stderr
+from .console import fail, parse_device, parse_dtype, print_json, quiet, refuse_options, set_threads, stderr
 from .loading import DEMO, find_demo_drafter, load_drafter, load_target
 from .prompts import read_prompts
 from .tune_plan import curves, simulate
 from .tune_tables import check_table, choice_table, prediction_values
 
-# What must be equal for a stored calibration to be used again.
-_SAME = ("target", "machine", "versions")
+# What must be equal for a stored calibration to be used again; of the prompts, not the name of their file.
+_SAME = ("target", "machine", "versions", "prompts", "plan")
+
+# Options of --simulate and of --cost-curves, and what else these two read.
+_PLANNED = {"shape", "gpu", "gpus", "acceptance", "mode", "context"}
+_SIMULATE = _PLANNED | {"simulated", "max_passes", "max_nodes", "output", "pictures", "as_json"}
+_CURVES = {"cost_curves", "shape", "device", "dtype", "threads", "contexts", "max_passes", "repeats", "output"}
 
 
 def tune(
+    command: typer.Context,
     prompts: Annotated[
-        Path | None, typer.Option(help="Prompts: Spec-Bench questions (jsonl), jsonl with a 'prompt', or .txt lines.")
+        str | None,
+        typer.Option(
+            help="Prompts: Spec-Bench questions (jsonl), jsonl with a 'prompt', .txt lines, a file of a Hub dataset "
+            f"(org/dataset:file.jsonl), or one of {', '.join(NAMES)}."
+        ),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Calibration file (JSON). If it is there and fits, it is used as it is.")
@@ -45,14 +57,17 @@ def tune(
     max_passes: Annotated[int, typer.Option(min=1, help="m: drafter passes a round, at most.")] = 4,
     max_nodes: Annotated[int, typer.Option(min=2, help="N: nodes of a tree, the root included, at most.")] = 64,
     contexts: Annotated[str, typer.Option(help="Context lengths at which verification is timed.")] = "64,256",
-    repeats: Annotated[int, typer.Option(min=1, help="Of each timed call, and of --check.")] = 9,
+    repeats: Annotated[int, typer.Option(min=1, help="Of each timed call.")] = 9,
     apply: Annotated[
-        Path | None, typer.Option(help="Write the best tree into the config of the drafter in this folder.")
+        Path | None,
+        typer.Option(help="Write the best tree of the --drafter in this folder into its config."),
     ] = None,
     check: Annotated[
         Path | None, typer.Option(help="Measure settings beside plain generate() and store them with predictions.")
     ] = None,
-    check_prompts: Annotated[Path | None, typer.Option(help="Prompts for --check; --prompts by default.")] = None,
+    check_prompts: Annotated[
+        str | None, typer.Option(help="Prompts for --check, as --prompts, which they are by default.")
+    ] = None,
     check_repeats: Annotated[int, typer.Option(min=1, help="Times --check asks each prompt.")] = 1,
     settings: Annotated[int, typer.Option(min=1, help="How many settings --check measures.")] = 12,
     sweep: Annotated[
@@ -67,7 +82,7 @@ def tune(
     pictures: Annotated[Path | None, typer.Option(help="Folder for pictures: the best tree, the sweep, plans.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     attention: Annotated[str | None, typer.Option(help="sdpa or eager; the target's own by default.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; CUDA if there is one by default.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own by default.")] = None,
     simulated: Annotated[
         bool, typer.Option("--simulate", help="Measure nothing: plan for a target's shape and a GPU by a roofline.")
@@ -77,7 +92,7 @@ def tune(
         typer.Option("--cost-curves", help="Time a target of --shape with random weights on --device; no download."),
     ] = False,
     shape: Annotated[str, typer.Option(help="--simulate: 1B, 7B, 8B, 13B, 70B, or all.")] = "all",
-    gpu: Annotated[str, typer.Option(help="--simulate: a100, h100, ...; see docs/tuning.md.")] = "a100-80gb",
+    gpu: Annotated[str, typer.Option(help="--simulate: a100-80gb, h100-sxm, ...; see docs/tuning.md.")] = "a100-80gb",
     gpus: Annotated[int, typer.Option(min=1, help="--simulate: GPUs that share the target.")] = 1,
     acceptance: Annotated[
         str, typer.Option(help="--simulate: a named profile, or a calibration file.")
@@ -93,6 +108,7 @@ def tune(
 
     Example: falcon-hf tune --prompts questions.jsonl --num-prompts 30 --output tune.json --apply my-drafter
     """
+    _refuse_ignored(command, simulated, cost_curves, check is not None, apply is not None, sweep)
     try:
         if simulated:
             simulate(shape, gpu, gpus, acceptance, mode, context, max_passes, max_nodes, output, pictures, as_json)
@@ -107,12 +123,11 @@ def tune(
         plan = CalibrationPlan(
             max_new_tokens, max_passes, max_nodes, contexts=_numbers(contexts, "--contexts"), repeats=repeats
         )
-        if apply is not None and not (apply / "config.json").is_file():
-            raise TuningError(f"--apply {apply} is no drafter's folder.")
         parsed, where = parse_dtype(dtype), parse_device(device)
         sources = drafter or ([find_demo_drafter()] if target == DEMO else [])
         if not sources:
             raise TuningError("Name the target's drafter: --drafter FOLDER_OR_REPO.")
+        receiver = None if apply is None else _receiver(apply, sources)
         set_threads(threads)
         with quiet():
             model, tokenizer = load_target(target, parsed, where)
@@ -120,28 +135,26 @@ def tune(
                 _set_attention(model, attention)
             asked = read_prompts(prompts, tokenizer, num_prompts)
             drafters = [_drafter(source, model) for source in sources]
-            digest = hashlib.sha256(prompts.read_bytes()).hexdigest()
             provenance = {
                 "versions": versions(),
                 "machine": machine(model.device),
                 "target": describe_target(model),
-                "prompts": {
-                    "file": prompts.name,
-                    "sha256": digest,
-                    "count": len(asked),
-                },
+                "prompts": {"file": asked.name, "sha256": asked.sha256, "count": len(asked.prompts)},
                 "plan": {name: getattr(plan, name) for name in plan.__dataclass_fields__},
             }
             calibration = _stored(output, provenance, drafters)
             if calibration is None:
-                calibration = calibrate(model, drafters, asked, plan, provenance, _progress(not as_json))
+                calibration = calibrate(model, drafters, asked.prompts, plan, provenance, _progress(not as_json))
                 calibration.write(output)
             found = choose(calibration.options(), max_passes, max_nodes)
             best = next((prediction for prediction in found if prediction.shape is not None), None)
             assert best is not None  # chains are always among the candidates
             assert best.shape is not None
             if apply is not None:
-                write_drafter_tree(apply, calibration.dynamic(best).tree if dynamic else best.shape)
+                # The best tree of this drafter: another one's ranks and k are not its own.
+                own = next(one for one in found if one.shape is not None and one.drafter == receiver)
+                assert own.shape is not None
+                write_drafter_tree(apply, calibration.dynamic(own).tree if dynamic else own.shape)
             result = None
             if check is not None:
                 options = calibration.options()
@@ -154,7 +167,7 @@ def tune(
                     chosen += [calibration.dynamic(one) for one in chosen if one.kind in ("tuned", "chosen")]
                 wanted = asked if check_prompts is None else read_prompts(check_prompts, tokenizer, num_prompts)
                 measured = measure(
-                    model, drafters, wanted, chosen, max_new_tokens, check_repeats, _progress(not as_json)
+                    model, drafters, wanted.prompts, chosen, max_new_tokens, check_repeats, _progress(not as_json)
                 )
                 result = compare(calibration, chosen, measured)
                 write_check(check, result)
@@ -163,6 +176,25 @@ def tune(
     except (TuningError, BenchError) as error:
         fail(str(error))
     _show(found, result, output, apply, as_json)
+
+
+def _refuse_ignored(
+    command: typer.Context, simulated: bool, cost_curves: bool, checks: bool, applies: bool, sweeps: bool
+) -> None:
+    """End the command if an option was given that what it does would not read."""
+    every = {str(parameter.name) for parameter in command.command.params}
+    if simulated:
+        refuse_options(command, every - _SIMULATE, "not with --simulate, which measures nothing")
+    elif cost_curves:
+        refuse_options(command, every - _CURVES, "not with --cost-curves, which times random weights alone")
+    else:
+        refuse_options(command, _PLANNED, "only with --simulate (--shape with --cost-curves too)")
+    if not checks:
+        refuse_options(command, {"sweep", "settings", "check_prompts", "check_repeats"}, "needs --check FILE")
+        if not applies:
+            refuse_options(command, {"dynamic"}, "needs --check FILE or --apply FOLDER")
+    elif sweeps:
+        refuse_options(command, {"settings"}, "--sweep measures every size")
 
 
 def _show(
@@ -192,6 +224,23 @@ def _draw(folder: Path, calibration: Calibration, best: Prediction, sweep: dict[
             save(draw_sweep(own), folder / f"sweep-{kind}")
 
 
+def _receiver(folder: Path, sources: list[str]) -> str:
+    """Which of the drafters lies in the folder of ``--apply``.
+
+    Raises:
+        TuningError: if none does.
+    """
+    if not (folder / "config.json").is_file():
+        raise TuningError(f"--apply {folder} is no drafter's folder.")
+    for source in sources:
+        if Path(source).is_dir() and Path(source).resolve() == folder.resolve():
+            return source
+    raise TuningError(
+        f"--apply {folder} is none of the drafters measured ({', '.join(sources)}): a tree fits the drafter it was "
+        "found for. Give its folder with --drafter."
+    )
+
+
 def _drafter(source: str, target: Any) -> NamedDrafter:
     folder = drafter_folder(source)
     drafter = load_drafter(str(folder), target)
@@ -206,7 +255,7 @@ def _drafter(source: str, target: Any) -> NamedDrafter:
 
 
 def _stored(path: Path, provenance: dict[str, Any], drafters: list[NamedDrafter]) -> Calibration | None:
-    """The calibration at ``path`` if it is one of these models on this machine; None if there is no file.
+    """The calibration at ``path`` if it is one of these models, prompts and plan on this machine; None without a file.
 
     Raises:
         TuningError: if the file is something else.
@@ -215,12 +264,15 @@ def _stored(path: Path, provenance: dict[str, Any], drafters: list[NamedDrafter]
         return None
     calibration = Calibration.read(path)
     now = json.loads(json.dumps(provenance))
-    known = {drafter.name: drafter.provenance for drafter in calibration.drafters}
-    differs = [name for name in _SAME if calibration.provenance.get(name) != now[name]]
-    if known != {named.name: named.provenance for named in drafters}:
-        differs.append("drafters")
-    if differs:
-        raise TuningError(f"{path} is of other {', '.join(differs)}; choose another --output, or delete it.")
+    then = {name: copy.copy(calibration.provenance.get(name)) for name in _SAME}
+    then["drafters"] = {drafter.name: drafter.provenance for drafter in calibration.drafters}
+    now = {name: now[name] for name in _SAME} | {"drafters": {named.name: named.provenance for named in drafters}}
+    for settings in (then, now):
+        if isinstance(settings["prompts"], dict):
+            settings["prompts"].pop("file", None)
+    difference = first_setting_that_differs(then, now)
+    if difference is not None:
+        raise TuningError(f"{path} is of other settings ({difference}); choose another --output, or delete it.")
     stderr.print(f"Using the calibration in {path}.", soft_wrap=True)
     return calibration
 

@@ -19,18 +19,12 @@ from ..draft_trees import describe_tree, named_tree
 from ..errors import BenchError, first_line
 from .base import Method, MethodContext
 
-# Fields of a drafter's config that a run may set: those that decide how it drafts and is verified, not its weights.
-_FIELDS = set(FalconDrafterConfig.__annotations__) - {"model_type"}
-_WEIGHTS = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
-_WEIGHTS |= {"num_key_value_heads", "head_dim", "block_size", "fusion", "fusion_layers", "draft_vocab_size", "tree"}
-_WEIGHTS |= {
-    "feature_layers",
-    "block_mixing",
-    "correction_rank",
-    "input_norm",
-    "attention_bias",
-    "fusion_bias",
-    "mlp_bias",
+# Fields of a drafter's config that a run may set: those that decide how it drafts and is verified. All others belong
+# to its weights or to its target, and another value would be another drafter.
+FIELDS = {
+    "lookup": "{} to continue repeated text too, with a dynamic tree; null not to",
+    "verifier": "follow or rejection",
+    "auto_off": "true or false: whether drafting pauses where it does not pay",
 }
 
 
@@ -41,7 +35,7 @@ class Falcon(Method):
     settings = {
         "drafter": "folder or Hub repo, --drafter by default",
         "tree": "paper, chainN, dynamicN (N nodes), or a JSON file; --tree by default, else the drafter's own",
-        "FIELD": "any other field of the drafter's config that leaves its weights alone, such as verifier",
+        **FIELDS,
     }
     needs_drafter = True
 
@@ -68,18 +62,16 @@ class Falcon(Method):
         except ValueError as error:
             raise BenchError(f"{label}: {first_line(error)}") from error
 
-    @classmethod
-    def takes(cls, setting: str) -> bool:
-        """Whether ``setting`` is one of the method's, a field of the drafter's config included."""
-        return setting in ("drafter", "tree") or setting in _FIELDS - _WEIGHTS
-
     def _configure(self, fields: dict[str, Any]) -> None:
         """Set fields of the drafter's config, checked as a config of its own.
 
         Raises:
             BenchError: on a value that the config refuses.
         """
-        given = {name: getattr(self.drafter.config, name) for name in _FIELDS}
+        given = {
+            name: getattr(self.drafter.config, name)
+            for name in set(FalconDrafterConfig.__annotations__) - {"model_type"}
+        }
         try:
             checked = FalconDrafterConfig(**{**given, **fields})
         except (TypeError, ValueError) as error:
