@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from falcon_hf import FalconDrafter
+from falcon_hf.runtime.target import fingerprint
 from falcon_hf.training.arguments import FalconTrainingArguments
 from falcon_hf.training.errors import TrainingError
 from falcon_hf.training.pipeline import TrainingPlan, default_learning_rate, make_drafter, train_drafter
@@ -155,6 +156,34 @@ def test_bad_plans_are_told(tiny_target, tiny_drafter, text_file, tmp_path, tiny
     tiny_drafter(tiny_target(VOCAB + 1), 2).save_pretrained(tmp_path / "other")
     with pytest.raises(TrainingError, match="25 tokens"):
         make_drafter(plan_of(text_file, tmp_path, init_from=str(tmp_path / "other")), target, tiny_text, tiny_text)
+
+
+def test_a_drafter_that_goes_on_is_the_new_targets(tiny_target, tiny_drafter, text_file, tmp_path, tiny_text):
+    first, second = tiny_target(VOCAB, seed=3), tiny_target(VOCAB)
+    tiny_drafter(first, 3, "linear", target_name_or_path="elsewhere").save_pretrained(tmp_path / "first")
+    plan = plan_of(text_file, tmp_path, init_from=str(tmp_path / "first"))
+    config = make_drafter(plan, second, tiny_text, tiny_text).config
+    assert config.target_fingerprint == fingerprint(second) != fingerprint(first)
+    assert config.target_name_or_path is None
+    assert config.target_model_type == "llama"
+    assert config.block_size == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"block_size": 3}, "its block_size: leave out that"),
+        ({"fusion": "lstm"}, "fusion"),
+        ({"draft_vocab_size": 20}, "draft_vocab_size"),
+        ({"target_layers": True}, "target_layers"),
+        ({"config": {"num_hidden_layers": 2}}, "num_hidden_layers"),
+        ({"config": {"feature_layers": [1, 2]}, "block_size": 4}, "block_size, feature_layers: leave out those"),
+    ],
+)
+def test_a_drafter_that_goes_on_keeps_its_shape(text_file, tmp_path, given, words):
+    with pytest.raises(TrainingError, match=words):
+        plan_of(text_file, tmp_path, init_from="somewhere", **given)
+    plan_of(text_file, tmp_path, **given)  # the control
 
 
 def test_features_go_to_disk_only_if_half_of_it_is_free(tiny_target, text_file, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..drafter_loading import DrafterError, load_drafter
 from ..runtime.configuration_falcon_drafter import FalconDrafterConfig
 from ..runtime.modeling_falcon_drafter import FalconDrafter
-from ..runtime.target import head_weight, input_embeddings
+from ..runtime.target import fingerprint, head_weight, input_embeddings
 from .allocator import keep_freed_memory
 from .arguments import FalconTrainingArguments
 from .batches import DialogueDataset
@@ -80,7 +80,8 @@ class TrainingPlan:
         tree: paths of the drafter's tree, None for the paper's.
         config: further fields of the drafter's config, such as ``num_hidden_layers``.
         target_layers: whether the decoder layers start as the target's last (see [`start_from_target_layers`]).
-        init_from: folder or Hub repo of a drafter to go on from; its config is kept, but for the tree if one is given.
+        init_from: folder or Hub repo of a drafter to go on from; its config is kept, but for the target's name, and the
+            tree if one is given. Fields that say what a new drafter is like are refused.
         lora_rank: train low-rank additions to that drafter only, merged in at the end; 0 trains all weights.
         save_dtype: of the saved weights.
     """
@@ -109,6 +110,17 @@ class TrainingPlan:
             raise TrainingError(f"save_dtype must be one of {', '.join(SAVED_DTYPES)}, got {self.save_dtype!r}.")
         if self.lora_rank and self.init_from is None:
             raise TrainingError("lora_rank adapts a trained drafter: name it as init_from.")
+        if self.init_from is not None and (given := self._shape_given()):
+            raise TrainingError(
+                f"init_from goes on with {self.init_from} as it is, and cannot change its {', '.join(given)}: leave "
+                f"out {'that' if len(given) == 1 else 'those'}, or train a new drafter without init_from."
+            )
+
+    def _shape_given(self) -> list[str]:
+        """The fields that say what a new drafter is like and are not as by default; config's by their own names."""
+        fields = type(self).__dataclass_fields__
+        names = ("block_size", "fusion", "draft_vocab_size", "target_layers")
+        return [name for name in names if getattr(self, name) != fields[name].default] + list(self.config)
 
 
 def default_learning_rate(hidden_size: int) -> float:
@@ -246,6 +258,10 @@ def make_drafter(
             )
         if plan.tree is not None:
             drafter.config.tree = plan.tree
+        # It is this target's from now on: what generate() compares.
+        config.target_name_or_path = getattr(target.config, "_name_or_path", None) or None
+        config.target_model_type = text.model_type
+        config.target_fingerprint = fingerprint(target)
         return drafter.train()
     vocab_size = int(text.vocab_size)
     size = plan.draft_vocab_size or (8192 if vocab_size > 16384 else None)
