@@ -120,6 +120,30 @@ def test_a_correction_learns_what_the_token_before_tells(tiny_target, tiny_draft
     assert end["eval_corrected_position2_top3"] > end["eval_pass1_position2_top3"] + 0.05
 
 
+@pytest.mark.parametrize(("rows", "measured"), [(1, 1), (2, 1), (4, 1), (16, 2)])
+def test_every_step_measures_some_rows(tiny_target, tiny_drafter, tiny_text, tmp_path, rows, measured):
+    """However small the batch: an untrained drafter is wrong nearly everywhere, so each step has what to glance at.
+
+    At 16 rows the share decides: an eighth of them.
+    """
+    target = tiny_target(VOCAB)
+    drafter = fresh(tiny_drafter, target)
+    seen, plain = [], drafter.forward
+
+    def forward(*args, **given):
+        if not torch.is_grad_enabled():
+            seen.append(len(given["features"]))
+        return plain(*args, **given)
+
+    drafter.forward = forward
+    given = {"per_device_train_batch_size": rows, "first_pass_share": 0.125, "max_steps": 9 if rows < 16 else 2}
+    trainer = train(drafter, target, tiny_text, tmp_path, **given)
+    errors = [entry["first_pass_error"] for entry in trainer.state.log_history if "first_pass_error" in entry]
+    assert seen == [measured] * given["max_steps"]
+    assert len(errors) == given["max_steps"]
+    assert min(errors) > 0.3
+
+
 class KilledError(RuntimeError):
     pass
 

@@ -72,7 +72,7 @@ def train(
     vocabulary_weight: Annotated[float, typer.Option(help="Weight of KL and CE; the paper's is 0.1.")] = 0.5,
     glance_lambda: Annotated[float, typer.Option(help="CSGD's lambda at the start; 0 turns glancing off.")] = 0.4,
     first_pass_share: Annotated[
-        float, typer.Option(help="Share of the rows that CSGD's first pass measures; 1 is the paper's.")
+        float, typer.Option(help="Share of the rows that CSGD's first pass measures, rounded to 1/n; 1 is the paper's.")
     ] = 0.125,
     noise: Annotated[float, typer.Option(help="Uniform noise on input features.")] = 0.1,
     rollout_passes: Annotated[
