@@ -91,6 +91,35 @@ def test_resume_and_a_folder_in_use(tiny_target, text_file, tmp_path):
     assert recipe["run"]["steps"] == 12
 
 
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        ({"config": {"block_mixing": True}}, ": block_mixing changed"),
+        ({"config": {"num_attention_heads": 2}}, "num_attention_heads"),
+        ({"config": {"input_norm": False}}, "input_norm"),
+        ({"config": {"rms_norm_eps": 1e-3}}, ": rms_norm_eps changed"),  # the weights would fit
+    ],
+)
+def test_a_resume_with_another_config_is_refused(tiny_target, text_file, tmp_path, plan, words):
+    target = tiny_target(VOCAB)
+    train(text_file, target, tmp_path, given={"max_steps": 4, "eval_strategy": "no"})
+    with pytest.raises(TrainingError, match=words) as caught:
+        train(text_file, target, tmp_path, resume=True, given={"max_steps": 5, "eval_strategy": "no"}, **plan)
+    assert "\n" not in str(caught.value)
+    dynamic = {"kind": "dynamic", "nodes": 6}  # the control: what training does not look at may change
+    free = {"tree": dynamic, "config": {"lookup": {}, "auto_off": True}}
+    train(text_file, target, tmp_path, resume=True, given={"max_steps": 5, "eval_strategy": "no"}, **free)
+
+
+def test_a_note_of_an_earlier_version_has_fewer_fields(tiny_target, text_file, tmp_path):
+    target = tiny_target(VOCAB)
+    train(text_file, target, tmp_path, given={"max_steps": 4, "eval_strategy": "no"})
+    path = tmp_path / "checkpoints" / "training.json"
+    note = json.loads(path.read_text())
+    path.write_text(json.dumps({name: note[name] for name in ("data", "block_size", "target_fingerprint")}))
+    train(text_file, target, tmp_path, resume=True, given={"max_steps": 5, "eval_strategy": "no"})
+
+
 def test_a_disk_that_fills_up_while_a_checkpoint_is_written(tiny_target, text_file, tmp_path, monkeypatch):
     """The training ends with an error; the checkpoint before it is whole, and is what a resume goes on from."""
     target, plain = tiny_target(VOCAB), torch.save

@@ -53,10 +53,10 @@ logger = logging.getLogger(__name__)
 FEATURE_MODES = ("auto", "cached", "live")
 SAVED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SAMPLE_DIALOGUES = 16
-# What the weights alone do not tell.
-_SHAPE = frozenset(
-    {"block_size", "fusion", "hidden_size", "intermediate_size", "num_hidden_layers", "draft_vocab_size"}
-    | {"embedding_scale", "feature_layers", "target_fingerprint"}
+# Fields of the drafter's config that training does not look at, so that a resume may change them.
+_FREE_FIELDS = frozenset(
+    {"tree", "lookup", "verifier", "auto_off", "code_stamp", "format_version", "target_name_or_path", "_name_or_path"}
+    | {"architectures", "auto_map", "dtype", "transformers_version"}
 )
 
 Report = Callable[[str], None]
@@ -189,7 +189,7 @@ def train_drafter(
     started = time.time()
     checkpoint = _last_checkpoint(Path(args.output_dir or "."), resume)
     if trainer.is_world_process_zero():
-        _check_resume(Path(args.output_dir or "."), checkpoint, drafter, data.sha256())
+        _check_resume(Path(args.output_dir or "."), checkpoint, drafter, data.sha256(), plan.lora_rank)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except (OSError, SafetensorError) as error:  # no room for a checkpoint
@@ -395,21 +395,22 @@ def _last_checkpoint(folder: Path, resume: bool) -> str | None:
     return found
 
 
-def _check_resume(folder: Path, checkpoint: str | None, drafter: FalconDrafter, data: str) -> None:
+def _check_resume(folder: Path, checkpoint: str | None, drafter: FalconDrafter, data: str, lora_rank: int) -> None:
     """Note what is trained on what; on a resume, see that it is the same.
 
     Raises:
         TrainingError: another drafter or other text than the checkpoint's.
     """
     note = folder / "training.json"
-    shape = {name: value for name, value in drafter.config.to_dict().items() if name in _SHAPE}
-    now = json.loads(json.dumps({"data": data, **shape}))
+    shape = {name: value for name, value in drafter.config.to_dict().items() if name not in _FREE_FIELDS}
+    now = json.loads(json.dumps({"data": data, "lora_rank": lora_rank, **shape}))
     if checkpoint is None:
         folder.mkdir(parents=True, exist_ok=True)
         note.write_text(json.dumps(now), encoding="utf-8")
         return
     before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else now
-    changed = [name for name in now if before.get(name) != now[name]]
+    # A field that is not noted there did not exist, or was not noted, when that training began.
+    changed = [name for name in now if name in before and before[name] != now[name]]
     if changed:
         raise TrainingError(
             f"The checkpoint in {folder} is of another training: {', '.join(changed)} changed. Resume with the same "
