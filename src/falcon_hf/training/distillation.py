@@ -24,11 +24,13 @@ from ..runtime.target import fingerprint
 from ..version import __version__
 from .batched_generation import Sampler, generate_texts, greedy
 from .errors import DistillationError
+from .features import target_digest
 from .prompts import chat_prompt, distinct, end_ids, made_turns, normalised, read_turns
 
 logger = logging.getLogger(__name__)
 
 DIALOGUES, TURNS, RECIPE, FEATURES = "dialogues.jsonl", "turns.jsonl", "recipe.json", "features.bfloat16"
+_DIGEST = "target_digest"
 
 
 @dataclass(frozen=True)
@@ -226,6 +228,7 @@ def _recipe(target: PreTrainedModel, settings: DistillationSettings) -> dict[str
         "target": target.config._name_or_path or type(target).__name__,
         "target_fingerprint": fingerprint(target),
         "target_dtype": str(target.dtype).removeprefix("torch."),
+        _DIGEST: None if any(weight.is_meta for weight in target.parameters()) else target_digest(target),
         "settings": asdict(settings),
         "versions": {
             "falcon_hf": __version__,
@@ -242,9 +245,14 @@ def _check_recipe(output: Path, recipe: dict[str, Any]) -> None:
         try:
             held = json.loads(path.read_text(encoding="utf-8"))
             mine, theirs = _comparable(recipe), _comparable(held)
+            recipe_has, held_has = recipe.get(_DIGEST), held.get(_DIGEST)
         except (ValueError, KeyError, TypeError) as error:
             raise DistillationError(f"{path} is no recipe of falcon-hf distill: {error}") from error
         different = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+        if recipe_has and held_has and recipe_has != held_has:
+            different.append(_DIGEST)
+        # Folders made before there was a digest stay without: nobody knows whose their first dialogues are.
+        recipe = {**recipe, _DIGEST: held_has}
         if different:
             raise DistillationError(
                 f"{output} holds data made otherwise ({', '.join(different)} differ): choose another --output."
