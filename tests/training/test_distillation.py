@@ -96,6 +96,13 @@ def test_features_lie_beside_the_dialogues_and_survive_a_cut(target: Any, tmp_pa
         run(target, tmp_path, replace(settings, dialogues=10))
 
 
+@pytest.mark.parametrize("layers", [[3], [0, 99], [-1, 2]])
+def test_layers_that_are_not_there_are_refused_first(target: Any, tmp_path: Path, layers: list[int]) -> None:
+    with pytest.raises(DistillationError, match=r"from 0 \(the embeddings\) to 2"):
+        run(target, tmp_path / "out", replace(SETTINGS, feature_layers=layers))
+    assert not (tmp_path / "out").exists()
+
+
 def test_data_of_other_settings_is_not_mixed_in(target: Any, tiny_target: Any, tmp_path: Path) -> None:
     run(target, tmp_path)
     with pytest.raises(DistillationError, match=r"max_new_tokens differ.*--output"):

@@ -127,8 +127,15 @@ def distil(target: PreTrainedModel, tokenizer: Any, settings: DistillationSettin
         The state after every finished dialogue, the same object each time.
 
     Raises:
-        DistillationError: if the folder holds data of other settings or another target, or the prompts run out of use.
+        DistillationError: if the folder holds data of other settings or another target, the target has no such feature
+            layers, or the prompts run out of use.
     """
+    last = int(target.config.get_text_config().num_hidden_layers)
+    if wrong := [layer for layer in settings.feature_layers or [] if not 0 <= layer <= last]:
+        raise DistillationError(
+            f"There is no hidden state {wrong[0]}: feature layers are from 0 (the embeddings) to {last} (the last, the "
+            "model's num_hidden_layers)."
+        )
     output.mkdir(parents=True, exist_ok=True)
     _check_recipe(output, _recipe(target, settings))
     answered = {int(line["n"]) for line in read_lines(output / DIALOGUES)}
