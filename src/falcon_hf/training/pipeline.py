@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -41,6 +40,7 @@ from .features import (
     estimate_bytes,
     feature_width,
     free_bytes,
+    is_complete,
 )
 from .initialisation import embedding_scale, near_identity_start, start_from_target_layers, typical_sizes
 from .laws import LawCache
@@ -291,8 +291,12 @@ def make_drafter(
     return drafter.train()
 
 
-def peak_memory() -> int:
-    """Bytes of memory that this process has had at most."""
+def peak_memory() -> int | None:
+    """Bytes of memory that this process has had at most; None where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -317,14 +321,14 @@ def _features(
         say("features are computed on the fly")
         return None
     key = cache_key(target, data, plan.max_length, feature_layers)
-    folder = plan.cache or default_cache_folder(key)
+    folder = (plan.cache or default_cache_folder(key)).expanduser()
     size = estimate_bytes(len(data.tokens), feature_width(target, feature_layers))
-    have = (folder / "index.json").is_file()
+    begun = (folder / "index.json").is_file()
     say(f"features take {size / 1e9:.2f} GB in {folder} ({free_bytes(folder) / 1e9:.0f} GB free)")
-    if not have and plan.features == "auto" and not cache_fits(folder, size):
+    if not begun and plan.features == "auto" and not cache_fits(folder, size):
         say("that is more than half of what is free: features are computed on the fly")
         return None
-    distilled = None if have else find_distilled_features(plan.data, target, data, feature_layers)
+    distilled = None if is_complete(folder) else find_distilled_features(plan.data, target, data, feature_layers)
     if distilled is not None:
         say(f"they came with the text in {plan.data}")
     ready = None if distilled is None else distilled.rows
