@@ -284,3 +284,28 @@ def test_a_rollout_of_a_recurrent_fusion_is_refused(tiny_target, tiny_drafter, t
     target = tiny_target(VOCAB)
     with pytest.raises(TrainingError, match="linear"):
         train(fresh(tiny_drafter, target, fusion="lstm"), target, tiny_text, tmp_path, rollout_passes=2)
+
+
+def test_several_gpus_without_torchrun_are_one(tiny_target, tiny_drafter, tiny_text, tmp_path, caplog):
+    """DataParallel would split rows and hand each part the flat indices of all."""
+    target, args = tiny_target(VOCAB), arguments(tmp_path, max_steps=1)
+    assert args.n_gpu <= 1
+    args._n_gpu = 2
+    with caplog.at_level("WARNING", logger="falcon_hf.training.trainer"):
+        trainer = FalconTrainer(fresh(tiny_drafter, target), args, target, DialogueDataset(tiny_text))
+    assert "torchrun" in caplog.text
+    assert trainer.args.n_gpu == 1
+    assert trainer.args.train_batch_size == 4
+    trainer.train()
+    assert not isinstance(trainer.model_wrapped, torch.nn.DataParallel)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_features_on_the_fly_move_the_whole_target_once(tiny_target, tiny_drafter, tiny_text, tmp_path, mapped):
+    """Its embeddings are moved before, so that its device says it is there; a target with a device map is let alone."""
+    target, moved = copy.deepcopy(tiny_target(VOCAB)), []
+    if mapped:
+        target.hf_device_map = {"": "cpu"}
+    target.to = lambda device: moved.append(device)
+    trainer = train(fresh(tiny_drafter, target), target, tiny_text, tmp_path, max_steps=2)
+    assert moved == ([] if mapped else [trainer.args.device])

@@ -68,6 +68,9 @@ class FalconTrainer(Trainer):
                 "A rollout would have to carry the LSTM's states from pass to pass: train with rollout_passes=1, or "
                 "with fusion 'linear' or 'lstm_stateless'."
             )
+        if args.n_gpu > 1:  # DataParallel splits batches by rows, which flat indices of positions do not survive
+            logger.warning("Training on one of %d GPUs; torchrun --nproc-per-node N uses more.", args.n_gpu)
+            args._n_gpu = 1
         kwargs.setdefault("data_collator", collate)
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         self.loss_is_scaled_for_ga = False  # a mean over the batch: Trainer divides by the accumulation steps
@@ -77,7 +80,8 @@ class FalconTrainer(Trainer):
         self._block_size: int = drafter.config.block_size
         self._target = target.requires_grad_(False).eval()
         device = args.device
-        if getattr(target, "hf_device_map", None) is None:
+        self._target_is_placed = getattr(target, "hf_device_map", None) is not None  # accelerate's, where it has put it
+        if not self._target_is_placed:
             target.get_input_embeddings().to(device)
         reduced = args.bf16 or args.fp16
         self._dtype: torch.dtype = (
@@ -111,8 +115,10 @@ class FalconTrainer(Trainer):
 
     def _pairs(self, inputs: dict[str, torch.Tensor]) -> PairBatch:
         if "features" not in inputs:
-            if self._target.device != self.args.device:
-                self._target.to(self.args.device)
+            if not self._target_is_placed:  # its embeddings are there, so that target.device does not tell
+                target: Any = self._target
+                target.to(self.args.device)
+                self._target_is_placed = True
             mask = torch.arange(inputs["input_ids"].shape[1], device=self.args.device) < inputs["lengths"][:, None]
             features = compute_features(self._target, inputs["input_ids"], mask.long(), self._config.feature_layers)
             inputs = {**inputs, "features": features}
