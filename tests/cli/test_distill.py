@@ -44,6 +44,8 @@ def test_excluded_questions_are_not_answered(run: Run, repos: Path, tmp_path: Pa
     [
         (("--prompts", "nowhere.jsonl"), "There is no file"),
         (("--feature-layers", "one"), "--feature-layers is a list of numbers"),
+        (("--feature-layers", "1,99"), "no hidden state 99: feature layers are from 0 (the embeddings) to 2"),
+        (("--feature-layers", "-1"), "no hidden state -1"),
         (("--stems", "nowhere.txt"), "No such file"),
         (("--exclude", "nowhere.jsonl"), "nowhere.jsonl"),
         (("--dtype", "int3"), "--dtype must be one of"),

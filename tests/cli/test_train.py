@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import pytest
@@ -80,3 +81,15 @@ def test_a_drafter_to_go_on_from_must_be_one(run, repos, text, tmp_path):
     result = run(*command(repos, text, tmp_path, "--init-from", repos / "target"))
     assert result.exit_code == 2
     assert "not a Falcon drafter" in result.stderr
+
+
+def test_each_process_of_torchrun_has_its_gpu(monkeypatch):
+    module = importlib.import_module("falcon_hf.cli.train")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert module._device(None) == torch.device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert module._device(None) == torch.device("cuda", 3)
+    assert module._device("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert module._device(None) == torch.device("cpu")

@@ -155,3 +155,12 @@ def test_draft_vocabulary_is_the_most_frequent_learned_tokens(tmp_path):
     for size in (0, 11):
         with pytest.raises(ValueError, match="draft vocabulary"):
             choose_draft_vocabulary(data, size, 10)
+
+
+def test_a_distillation_that_has_not_finished(tmp_path):
+    write_lines(tmp_path / "dialogues.jsonl", [{"n": 0, "p": [1, 2], "r": [3, 4, 5]}])
+    with pytest.raises(TrainingError, match=r"same distill command.*or give .*dialogues\.jsonl"):
+        load_training_data(tmp_path, 10, 100)
+    assert len(load_training_data(tmp_path / "dialogues.jsonl", 10, 100)) == 1
+    Dataset.from_list(ROWS).save_to_disk(tmp_path)  # finished
+    assert len(load_training_data(tmp_path, 10, 100)) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from dataclasses import replace
@@ -16,6 +17,7 @@ from datasets import load_from_disk
 from falcon_hf.training import distillation
 from falcon_hf.training.distillation import DistillationSettings, distil, read_lines, save_dataset
 from falcon_hf.training.errors import DistillationError
+from falcon_hf.training.features import target_digest
 
 from ..bench.tiny import VOCABULARY, byte_tokenizer
 
@@ -94,12 +96,24 @@ def test_features_lie_beside_the_dialogues_and_survive_a_cut(target: Any, tmp_pa
         run(target, tmp_path, replace(settings, dialogues=10))
 
 
+@pytest.mark.parametrize("layers", [[3], [0, 99], [-1, 2]])
+def test_layers_that_are_not_there_are_refused_first(target: Any, tmp_path: Path, layers: list[int]) -> None:
+    with pytest.raises(DistillationError, match=r"from 0 \(the embeddings\) to 2"):
+        run(target, tmp_path / "out", replace(SETTINGS, feature_layers=layers))
+    assert not (tmp_path / "out").exists()
+
+
 def test_data_of_other_settings_is_not_mixed_in(target: Any, tiny_target: Any, tmp_path: Path) -> None:
     run(target, tmp_path)
     with pytest.raises(DistillationError, match=r"max_new_tokens differ.*--output"):
         run(target, tmp_path, replace(SETTINGS, max_new_tokens=13))
     with pytest.raises(DistillationError, match="target_fingerprint"):
         run(tiny_target(VOCABULARY, seed=34), tmp_path)
+    tuned = copy.deepcopy(target)  # its fingerprint is the same
+    with torch.no_grad():
+        tuned.model.layers[0].mlp.up_proj.weight.mul_(1.01)
+    with pytest.raises(DistillationError, match="target_digest differ"):
+        run(tuned, tmp_path)
     (tmp_path / "recipe.json").write_text("{}")
     with pytest.raises(DistillationError, match="no recipe"):
         run(target, tmp_path)
@@ -107,6 +121,16 @@ def test_data_of_other_settings_is_not_mixed_in(target: Any, tiny_target: Any, t
     with pytest.raises(DistillationError, match=r"without a recipe\.json"):
         run(target, tmp_path)
     assert len(dialogues(tmp_path)) == 9
+
+
+def test_a_folder_from_before_there_was_a_digest_goes_on_without(target: Any, tmp_path: Path) -> None:
+    run(target, tmp_path)
+    path = tmp_path / "recipe.json"
+    recipe = json.loads(path.read_text())
+    assert recipe.pop("target_digest") == target_digest(target)
+    path.write_text(json.dumps(recipe))
+    assert run(target, tmp_path, replace(SETTINGS, dialogues=11)) == 2
+    assert json.loads(path.read_text())["target_digest"] is None
 
 
 def test_prompts_from_a_file_end_the_run(target: Any, tmp_path: Path) -> None:

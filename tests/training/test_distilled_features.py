@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from falcon_hf.runtime.target import fingerprint
 from falcon_hf.training.dataset import load_training_data
 from falcon_hf.training.distillation import DistillationSettings, distil, save_dataset
 from falcon_hf.training.distilled_features import find_distilled_features
@@ -57,9 +60,15 @@ def test_others_are_not_used_and_the_reason_is_told(
     target: Any, tiny_target: Any, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = load_training_data(folder, VOCABULARY, 512)
+    tuned = copy.deepcopy(target)  # with the same embeddings, so the same fingerprint
+    with torch.no_grad():
+        tuned.model.layers[1].mlp.up_proj.weight.mul_(1.01)
+    assert fingerprint(tuned) == fingerprint(target)
     cases = {
         "of the layers": (target, data, [0, 2]),
         "another target's": (tiny_target(VOCABULARY, seed=34), data, None),
+        "they are another target's,": (tuned, data, None),
+        "of another dtype": (copy.deepcopy(target).bfloat16(), data, None),
         "was cut": (target, load_training_data(folder, VOCABULARY, 30), None),
         "has grown": (target, replace(data, offsets=data.offsets[1:] - data.offsets[1]), None),
     }
@@ -68,7 +77,26 @@ def test_others_are_not_used_and_the_reason_is_told(
             caplog.clear()
             assert find_distilled_features(folder, model, text, layers) is None
             assert reason in caplog.text
+        recipe = json.loads((folder / "recipe.json").read_text())
+        del recipe["target_digest"]
+        broken = {
+            "does not tell the target": json.dumps(recipe),
+            "cannot be read": "{",
+            "recipe.json or": json.dumps({**recipe, "settings": {"feature_layers": None}}),
+            "FileNotFoundError": None,
+        }
+        whole = (folder / "recipe.json").read_text()
+        for reason, content in broken.items():
+            caplog.clear()
+            (folder / "recipe.json").unlink()
+            if content is not None:
+                (folder / "recipe.json").write_text(content)
+                assert load_training_data(folder, VOCABULARY, 512).sha256() == data.sha256()
+            assert find_distilled_features(folder, target, data, None) is None
+            assert reason in caplog.text
+            (folder / "recipe.json").write_text(whole)
         caplog.clear()
+        assert find_distilled_features(folder, target, data, None) is not None
         (folder / "features.bfloat16").write_bytes(b"short")
         assert find_distilled_features(folder, target, data, None) is None
         assert "too short" in caplog.text
@@ -76,3 +104,10 @@ def test_others_are_not_used_and_the_reason_is_told(
         (folder / "features.bfloat16").unlink()
         assert find_distilled_features(folder, target, data, None) is None
         assert not caplog.text
+
+
+def test_a_home_folder_is_found(target: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    monkeypatch.setenv("USERPROFILE", str(folder.parent))
+    short = Path("~") / folder.name
+    assert find_distilled_features(short, target, load_training_data(short, VOCABULARY, 512), None) is not None

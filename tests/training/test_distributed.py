@@ -70,3 +70,13 @@ def test_two_processes_are_one(tmp_path):
     assert two["metrics"]["eval_loss"] == pytest.approx(one["metrics"]["eval_loss"], rel=1e-3)
     # The control: other draws are another curve.
     assert run(tmp_path, 1, 8, 0.5, seed=1)["curve"] != pytest.approx(one["curve"], rel=1e-2)
+
+
+@pytest.mark.slow
+def test_two_processes_with_fewer_rows_than_the_share_asks_for(tmp_path):
+    """Each process measures a row of its two, as one process measures two of four; none waits for the other."""
+    one, two = run(tmp_path, 1, 4, 0.5), run(tmp_path, 2, 2, 0.125)
+    assert two["curve"] == pytest.approx(one["curve"], rel=1e-4)
+    assert two["weights"] == pytest.approx(one["weights"], rel=1e-4)
+    # The control: all rows measured is another curve.
+    assert run(tmp_path, 1, 4, 1.0)["curve"] != pytest.approx(one["curve"], rel=1e-4)

@@ -18,6 +18,7 @@ from falcon_hf.training.features import (
     estimate_bytes,
     feature_width,
     free_bytes,
+    is_complete,
     target_digest,
 )
 from falcon_hf.training.laws import LawCache, compute_laws
@@ -91,6 +92,17 @@ def test_a_cache_that_broke_off_goes_on(target, tiny_text, tmp_path):
     whole = build(tmp_path / "whole", target, tiny_text)
     assert all(torch.equal(cache.rows(row), whole.rows(row)) for row in range(len(cache)))
     assert all((tmp_path / name).stat().st_mtime_ns == time for name, time in kept.items())
+
+
+def test_a_finished_cache_is_only_read(target, tiny_text, tmp_path):
+    build(tmp_path, target, tiny_text, shard_bytes=SHARD)
+    assert is_complete(tmp_path)
+    before = sorted((path.name, path.stat().st_mtime_ns, path.stat().st_ino) for path in tmp_path.iterdir())
+    assert len(build(tmp_path, target, tiny_text)) == len(tiny_text)
+    assert sorted((path.name, path.stat().st_mtime_ns, path.stat().st_ino) for path in tmp_path.iterdir()) == before
+    (tmp_path / "features-00002.safetensors").unlink()
+    assert not is_complete(tmp_path)
+    assert not is_complete(tmp_path / "nowhere")
 
 
 def test_a_truncated_shard(target, tiny_text, tmp_path):

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import sys
 
 import pytest
 import torch
 
 from falcon_hf import FalconDrafter
+from falcon_hf.runtime.target import fingerprint
+from falcon_hf.training import pipeline
 from falcon_hf.training.arguments import FalconTrainingArguments
+from falcon_hf.training.dataset import load_training_data
+from falcon_hf.training.distillation import save_dataset
 from falcon_hf.training.errors import TrainingError
+from falcon_hf.training.features import FeatureCache, cache_key, compute_features, target_digest
 from falcon_hf.training.pipeline import TrainingPlan, default_learning_rate, make_drafter, train_drafter
 
 from ..runtime.helpers import assert_same_text, prompt_ids
@@ -90,6 +97,35 @@ def test_resume_and_a_folder_in_use(tiny_target, text_file, tmp_path):
     assert recipe["run"]["steps"] == 12
 
 
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        ({"config": {"block_mixing": True}}, ": block_mixing changed"),
+        ({"config": {"num_attention_heads": 2}}, "num_attention_heads"),
+        ({"config": {"input_norm": False}}, "input_norm"),
+        ({"config": {"rms_norm_eps": 1e-3}}, ": rms_norm_eps changed"),  # the weights would fit
+    ],
+)
+def test_a_resume_with_another_config_is_refused(tiny_target, text_file, tmp_path, plan, words):
+    target = tiny_target(VOCAB)
+    train(text_file, target, tmp_path, given={"max_steps": 4, "eval_strategy": "no"})
+    with pytest.raises(TrainingError, match=words) as caught:
+        train(text_file, target, tmp_path, resume=True, given={"max_steps": 5, "eval_strategy": "no"}, **plan)
+    assert "\n" not in str(caught.value)
+    dynamic = {"kind": "dynamic", "nodes": 6}  # the control: what training does not look at may change
+    free = {"tree": dynamic, "config": {"lookup": {}, "auto_off": True}}
+    train(text_file, target, tmp_path, resume=True, given={"max_steps": 5, "eval_strategy": "no"}, **free)
+
+
+def test_a_note_of_an_earlier_version_has_fewer_fields(tiny_target, text_file, tmp_path):
+    target = tiny_target(VOCAB)
+    train(text_file, target, tmp_path, given={"max_steps": 4, "eval_strategy": "no"})
+    path = tmp_path / "checkpoints" / "training.json"
+    note = json.loads(path.read_text())
+    path.write_text(json.dumps({name: note[name] for name in ("data", "block_size", "target_fingerprint")}))
+    train(text_file, target, tmp_path, resume=True, given={"max_steps": 5, "eval_strategy": "no"})
+
+
 def test_a_disk_that_fills_up_while_a_checkpoint_is_written(tiny_target, text_file, tmp_path, monkeypatch):
     """The training ends with an error; the checkpoint before it is whole, and is what a resume goes on from."""
     target, plain = tiny_target(VOCAB), torch.save
@@ -157,9 +193,35 @@ def test_bad_plans_are_told(tiny_target, tiny_drafter, text_file, tmp_path, tiny
         make_drafter(plan_of(text_file, tmp_path, init_from=str(tmp_path / "other")), target, tiny_text, tiny_text)
 
 
-def test_features_go_to_disk_only_if_half_of_it_is_free(tiny_target, text_file, tmp_path, monkeypatch):
-    from falcon_hf.training import pipeline
+def test_a_drafter_that_goes_on_is_the_new_targets(tiny_target, tiny_drafter, text_file, tmp_path, tiny_text):
+    first, second = tiny_target(VOCAB, seed=3), tiny_target(VOCAB)
+    tiny_drafter(first, 3, "linear", target_name_or_path="elsewhere").save_pretrained(tmp_path / "first")
+    plan = plan_of(text_file, tmp_path, init_from=str(tmp_path / "first"))
+    config = make_drafter(plan, second, tiny_text, tiny_text).config
+    assert config.target_fingerprint == fingerprint(second) != fingerprint(first)
+    assert config.target_name_or_path is None
+    assert config.target_model_type == "llama"
+    assert config.block_size == 3
 
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"block_size": 3}, "its block_size: leave out that"),
+        ({"fusion": "lstm"}, "fusion"),
+        ({"draft_vocab_size": 20}, "draft_vocab_size"),
+        ({"target_layers": True}, "target_layers"),
+        ({"config": {"num_hidden_layers": 2}}, "num_hidden_layers"),
+        ({"config": {"feature_layers": [1, 2]}, "block_size": 4}, "block_size, feature_layers: leave out those"),
+    ],
+)
+def test_a_drafter_that_goes_on_keeps_its_shape(text_file, tmp_path, given, words):
+    with pytest.raises(TrainingError, match=words):
+        plan_of(text_file, tmp_path, init_from="somewhere", **given)
+    plan_of(text_file, tmp_path, **given)  # the control
+
+
+def test_features_go_to_disk_only_if_half_of_it_is_free(tiny_target, text_file, tmp_path, monkeypatch):
     target, said = tiny_target(VOCAB), []
     for fits in (False, True):
         monkeypatch.setattr(pipeline, "cache_fits", lambda folder, size, fits=fits: fits)
@@ -168,6 +230,49 @@ def test_features_go_to_disk_only_if_half_of_it_is_free(tiny_target, text_file, 
         train_drafter(plan, arguments(folder, max_steps=1, eval_strategy="no"), target, report=said.append)
         assert (folder / "cache" / "index.json").is_file() == fits
     assert sum("on the fly" in line for line in said) == 1
+
+
+def test_a_system_without_the_resource_module(monkeypatch):
+    """Windows: neither the import of the module nor the measurement fails."""
+    assert pipeline.peak_memory() > 1e7
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert not hasattr(pipeline, "resource")
+    assert pipeline.peak_memory() is None
+
+
+def test_a_cache_that_broke_off_goes_on_with_distilled_features(tiny_target, tiny_text, text_file, tmp_path):
+    """No forward of the target is done for what came with the text."""
+    target = copy.deepcopy(tiny_target(VOCAB))
+    folder, said = tmp_path / "distilled", []
+    folder.mkdir()
+    lines = [json.loads(line) for line in text_file.read_text().splitlines()]
+    states = []
+    with (folder / "dialogues.jsonl").open("w") as file:
+        for number, line in enumerate(lines):
+            learned = line["loss_mask"].index(1)
+            row = {"n": number, "p": line["input_ids"][:learned], "r": line["input_ids"][learned:]}
+            file.write(json.dumps(row) + "\n")
+            ids = torch.tensor([line["input_ids"]])
+            states.append(compute_features(target, ids, torch.ones_like(ids))[0].bfloat16())
+    with (folder / "features.bfloat16").open("wb") as file:
+        file.write(torch.cat(states).view(torch.int16).numpy().tobytes())
+    settings = {"settings": {"feature_layers": [2]}, "target_digest": target_digest(target)}
+    (folder / "recipe.json").write_text(json.dumps(settings))
+    save_dataset(folder)
+    data = load_training_data(folder, VOCAB, 512)
+    key, cache = cache_key(target, data, 512, None), tmp_path / "cache"
+    FeatureCache.build(cache, target, data, key, shard_bytes=64 * 2 * 150)
+    index = json.loads((cache / "index.json").read_text())
+    (cache / "index.json").write_text(json.dumps({**index, "complete": False}))
+    (cache / index["shards"][-1]["file"]).unlink()
+    target.forward = lambda *_, **__: pytest.fail("the target was asked")
+    plan = plan_of(folder, tmp_path)
+    features = pipeline._features(plan, target, data, None, said.append, None)
+    assert any("came with the text" in line for line in said)
+    assert torch.equal(features.rows(len(data) - 1), states[-1])
+    said.clear()
+    pipeline._features(plan, target, data, None, said.append, None)  # the control: nothing is lacking
+    assert not any("came with the text" in line for line in said)
 
 
 def test_default_learning_rate_meets_both_known_points():

@@ -120,6 +120,30 @@ def test_a_correction_learns_what_the_token_before_tells(tiny_target, tiny_draft
     assert end["eval_corrected_position2_top3"] > end["eval_pass1_position2_top3"] + 0.05
 
 
+@pytest.mark.parametrize(("rows", "measured"), [(1, 1), (2, 1), (4, 1), (16, 2)])
+def test_every_step_measures_some_rows(tiny_target, tiny_drafter, tiny_text, tmp_path, rows, measured):
+    """However small the batch: an untrained drafter is wrong nearly everywhere, so each step has what to glance at.
+
+    At 16 rows the share decides: an eighth of them.
+    """
+    target = tiny_target(VOCAB)
+    drafter = fresh(tiny_drafter, target)
+    seen, plain = [], drafter.forward
+
+    def forward(*args, **given):
+        if not torch.is_grad_enabled():
+            seen.append(len(given["features"]))
+        return plain(*args, **given)
+
+    drafter.forward = forward
+    given = {"per_device_train_batch_size": rows, "first_pass_share": 0.125, "max_steps": 9 if rows < 16 else 2}
+    trainer = train(drafter, target, tiny_text, tmp_path, **given)
+    errors = [entry["first_pass_error"] for entry in trainer.state.log_history if "first_pass_error" in entry]
+    assert seen == [measured] * given["max_steps"]
+    assert len(errors) == given["max_steps"]
+    assert min(errors) > 0.3
+
+
 class KilledError(RuntimeError):
     pass
 
@@ -260,3 +284,28 @@ def test_a_rollout_of_a_recurrent_fusion_is_refused(tiny_target, tiny_drafter, t
     target = tiny_target(VOCAB)
     with pytest.raises(TrainingError, match="linear"):
         train(fresh(tiny_drafter, target, fusion="lstm"), target, tiny_text, tmp_path, rollout_passes=2)
+
+
+def test_several_gpus_without_torchrun_are_one(tiny_target, tiny_drafter, tiny_text, tmp_path, caplog):
+    """DataParallel would split rows and hand each part the flat indices of all."""
+    target, args = tiny_target(VOCAB), arguments(tmp_path, max_steps=1)
+    assert args.n_gpu <= 1
+    args._n_gpu = 2
+    with caplog.at_level("WARNING", logger="falcon_hf.training.trainer"):
+        trainer = FalconTrainer(fresh(tiny_drafter, target), args, target, DialogueDataset(tiny_text))
+    assert "torchrun" in caplog.text
+    assert trainer.args.n_gpu == 1
+    assert trainer.args.train_batch_size == 4
+    trainer.train()
+    assert not isinstance(trainer.model_wrapped, torch.nn.DataParallel)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_features_on_the_fly_move_the_whole_target_once(tiny_target, tiny_drafter, tiny_text, tmp_path, mapped):
+    """Its embeddings are moved before, so that its device says it is there; a target with a device map is let alone."""
+    target, moved = copy.deepcopy(tiny_target(VOCAB)), []
+    if mapped:
+        target.hf_device_map = {"": "cpu"}
+    target.to = lambda device: moved.append(device)
+    trainer = train(fresh(tiny_drafter, target), target, tiny_text, tmp_path, max_steps=2)
+    assert moved == ([] if mapped else [trainer.args.device])

@@ -37,7 +37,10 @@ def distill(
     batch_size: Annotated[int, typer.Option(min=1, help="Rows decoded together.")] = 64,
     feature_layers: Annotated[
         str | None,
-        typer.Option(help="Keep features for the trainer, which come for free here: hidden states, as 30 or 10,20,30."),
+        typer.Option(
+            help="Keep features for the trainer, which come for free here: hidden states, as 30 or 10,20,30; the last "
+            "one's number is the model's num_hidden_layers."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of self-made turns and sampled answers.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -72,7 +73,7 @@ def train(
     vocabulary_weight: Annotated[float, typer.Option(help="Weight of KL and CE; the paper's is 0.1.")] = 0.5,
     glance_lambda: Annotated[float, typer.Option(help="CSGD's lambda at the start; 0 turns glancing off.")] = 0.4,
     first_pass_share: Annotated[
-        float, typer.Option(help="Share of the rows that CSGD's first pass measures; 1 is the paper's.")
+        float, typer.Option(help="Share of the rows that CSGD's first pass measures, rounded to 1/n; 1 is the paper's.")
     ] = 0.125,
     noise: Annotated[float, typer.Option(help="Uniform noise on input features.")] = 0.1,
     rollout_passes: Annotated[
@@ -108,7 +109,7 @@ def train(
     except ImportError as error:
         fail(f"Training needs further packages ({error}): pip install 'falcon_hf[train]'.")
     started = time.monotonic()
-    where, target_dtype = parse_device(device), parse_dtype(dtype)
+    where, target_dtype = _device(device), parse_dtype(dtype)
     if compute not in ("bfloat16", "float32"):
         fail(f"--compute must be bfloat16 or float32, got {compute!r}.")
     set_threads(threads)
@@ -186,6 +187,12 @@ def train(
         stderr.print(f"Stopped. Checkpoints are in {output / 'checkpoints'}; the same command with --resume goes on.")
         raise typer.Exit(130) from None
     stderr.print(f"{(time.monotonic() - started) / 60:.1f} minutes in all")
+
+
+def _device(name: str | None) -> torch.device:
+    """As [`parse_device`]; under torchrun, each process has a GPU of its own unless one is named."""
+    device, rank = parse_device(name), os.environ.get("LOCAL_RANK")
+    return torch.device("cuda", int(rank)) if name is None and device.type == "cuda" and rank is not None else device
 
 
 def _settings(name: str, given: list[str] | None) -> dict[str, Any]:

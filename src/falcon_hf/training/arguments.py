@@ -19,6 +19,9 @@ class FalconTrainingArguments(TrainingArguments):
     warmup_steps: float = field(default=100, metadata={"help": "Steps; below 1 a share of all steps."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "As in TrainingArguments."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "The columns are no arguments of the model."})
+    ddp_broadcast_buffers: bool | None = field(
+        default=False, metadata={"help": "Buffers never change in training, so there is nothing to broadcast."}
+    )
 
     feature_weight: float = field(default=1.0, metadata={"help": "Weight of the smooth-L1 loss of features."})
     smooth_l1_beta: float = field(default=1.0, metadata={"help": "Where smooth-L1 turns from square to line."})
@@ -43,7 +46,10 @@ class FalconTrainingArguments(TrainingArguments):
     )
     first_pass_share: float = field(
         default=1.0,
-        metadata={"help": "Share of the rows whose Hamming distance is taken; the others get those rows' error rate."},
+        metadata={
+            "help": "Share of a device's rows whose Hamming distance is taken, rounded to 1/n, at least one row; "
+            "the others get those rows' error rate."
+        },
     )
 
     rollout_passes: int = field(

@@ -20,6 +20,8 @@ import numpy as np
 from .errors import TrainingError
 
 COLUMNS = ("input_ids", "loss_mask")
+# What save_to_disk writes: one of them is in any folder of it.
+_DATASET_FILES = ("state.json", "dataset_dict.json")
 # A pair needs a token behind it, and a target one more.
 _SHORTEST = 4
 
@@ -135,6 +137,12 @@ def _usable(data: TrainingData, max_length: int) -> TrainingData:
 def _read_folder(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     from datasets import Dataset, load_from_disk
 
+    dialogues = path / "dialogues.jsonl"
+    if dialogues.is_file() and not any((path / name).is_file() for name in _DATASET_FILES):
+        raise TrainingError(
+            f"{path} is of a `falcon-hf distill` that has not finished: run the same distill command again to finish "
+            f"it, or give {dialogues} to train on what is there."
+        )
     try:
         data = load_from_disk(str(path))
     except Exception as error:  # pyarrow and datasets raise whatever they like for a damaged file

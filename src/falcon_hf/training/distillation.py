@@ -24,11 +24,13 @@ from ..runtime.target import fingerprint
 from ..version import __version__
 from .batched_generation import Sampler, generate_texts, greedy
 from .errors import DistillationError
+from .features import target_digest
 from .prompts import chat_prompt, distinct, end_ids, made_turns, normalised, read_turns
 
 logger = logging.getLogger(__name__)
 
 DIALOGUES, TURNS, RECIPE, FEATURES = "dialogues.jsonl", "turns.jsonl", "recipe.json", "features.bfloat16"
+_DIGEST = "target_digest"
 
 
 @dataclass(frozen=True)
@@ -125,8 +127,15 @@ def distil(target: PreTrainedModel, tokenizer: Any, settings: DistillationSettin
         The state after every finished dialogue, the same object each time.
 
     Raises:
-        DistillationError: if the folder holds data of other settings or another target, or the prompts run out of use.
+        DistillationError: if the folder holds data of other settings or another target, the target has no such feature
+            layers, or the prompts run out of use.
     """
+    last = int(target.config.get_text_config().num_hidden_layers)
+    if wrong := [layer for layer in settings.feature_layers or [] if not 0 <= layer <= last]:
+        raise DistillationError(
+            f"There is no hidden state {wrong[0]}: feature layers are from 0 (the embeddings) to {last} (the last, the "
+            "model's num_hidden_layers)."
+        )
     output.mkdir(parents=True, exist_ok=True)
     _check_recipe(output, _recipe(target, settings))
     answered = {int(line["n"]) for line in read_lines(output / DIALOGUES)}
@@ -226,6 +235,7 @@ def _recipe(target: PreTrainedModel, settings: DistillationSettings) -> dict[str
         "target": target.config._name_or_path or type(target).__name__,
         "target_fingerprint": fingerprint(target),
         "target_dtype": str(target.dtype).removeprefix("torch."),
+        _DIGEST: None if any(weight.is_meta for weight in target.parameters()) else target_digest(target),
         "settings": asdict(settings),
         "versions": {
             "falcon_hf": __version__,
@@ -242,9 +252,14 @@ def _check_recipe(output: Path, recipe: dict[str, Any]) -> None:
         try:
             held = json.loads(path.read_text(encoding="utf-8"))
             mine, theirs = _comparable(recipe), _comparable(held)
+            recipe_has, held_has = recipe.get(_DIGEST), held.get(_DIGEST)
         except (ValueError, KeyError, TypeError) as error:
             raise DistillationError(f"{path} is no recipe of falcon-hf distill: {error}") from error
         different = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+        if recipe_has and held_has and recipe_has != held_has:
+            different.append(_DIGEST)
+        # Folders made before there was a digest stay without: nobody knows whose their first dialogues are.
+        recipe = {**recipe, _DIGEST: held_has}
         if different:
             raise DistillationError(
                 f"{output} holds data made otherwise ({', '.join(different)} differ): choose another --output."

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ..runtime.target import fingerprint
 from .dataset import TrainingData
 from .distillation import DIALOGUES, FEATURES, RECIPE
+from .features import target_digest
 
 logger = logging.getLogger(__name__)
 
@@ -55,18 +55,27 @@ def find_distilled_features(
         data: what was read from the folder.
         feature_layers: hidden states wanted, None for the last.
     """
+    folder = folder.expanduser()
     path = folder / FEATURES
     if not path.is_file():
         return None
-    recipe = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
-    kept: list[int] = recipe["settings"]["feature_layers"]
+    try:
+        recipe = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
+        kept: list[int] = list(recipe["settings"]["feature_layers"])
+        lengths = _lengths(folder / DIALOGUES)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning(
+            "The features in %s are not used: its %s or %s cannot be read (%r).", path, RECIPE, DIALOGUES, error
+        )
+        return None
     text: Any = target.config.get_text_config()
     wanted = feature_layers or [int(text.num_hidden_layers)]
-    lengths = _lengths(folder / DIALOGUES)
+    digest = recipe.get("target_digest")
     width = len(kept) * int(text.hidden_size)
     reasons = {
         f"they are of the layers {kept}": not set(wanted) <= set(kept),
-        "they are another target's": recipe["target_fingerprint"] != fingerprint(target),
+        "their recipe, of an earlier falcon_hf, does not tell the target": digest is None,
+        "they are another target's, or of another dtype": digest is not None and digest != target_digest(target),
         "the text was cut or has grown": not np.array_equal(lengths[: len(data)], data.lengths),
         "the file is too short": path.stat().st_size < int(data.offsets[-1]) * 2 * width,
     }

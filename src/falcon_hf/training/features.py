@@ -196,6 +196,8 @@ class FeatureCache:
         else:
             _check_key(folder, index, key)
         missing = [shard for shard in index["shards"] if not is_whole(folder, shard)]
+        if index["complete"] and not missing:
+            return cls.open(folder, key)  # nothing is written: the folder may be read-only, or of several runs
         needed = sum(shard["bytes"] for shard in missing)
         if needed > free_bytes(folder):
             raise TrainingError(
@@ -220,6 +222,16 @@ class FeatureCache:
                 f"Cannot write features to {folder}: {error}. What was written stays; make room and run again."
             ) from error
         return cls.open(folder, key)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether all of a cache's features are there; whose they are is not looked at.
+
+    Raises:
+        TrainingError: if the index is damaged.
+    """
+    index = _read_index(folder)
+    return index is not None and index["complete"] and all(is_whole(folder, shard) for shard in index["shards"])
 
 
 def cache_key(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..drafter_loading import DrafterError, load_drafter
 from ..runtime.configuration_falcon_drafter import FalconDrafterConfig
 from ..runtime.modeling_falcon_drafter import FalconDrafter
-from ..runtime.target import head_weight, input_embeddings
+from ..runtime.target import fingerprint, head_weight, input_embeddings
 from .allocator import keep_freed_memory
 from .arguments import FalconTrainingArguments
 from .batches import DialogueDataset
@@ -41,6 +40,7 @@ from .features import (
     estimate_bytes,
     feature_width,
     free_bytes,
+    is_complete,
 )
 from .initialisation import embedding_scale, near_identity_start, start_from_target_layers, typical_sizes
 from .laws import LawCache
@@ -53,10 +53,10 @@ logger = logging.getLogger(__name__)
 FEATURE_MODES = ("auto", "cached", "live")
 SAVED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SAMPLE_DIALOGUES = 16
-# What the weights alone do not tell.
-_SHAPE = frozenset(
-    {"block_size", "fusion", "hidden_size", "intermediate_size", "num_hidden_layers", "draft_vocab_size"}
-    | {"embedding_scale", "feature_layers", "target_fingerprint"}
+# Fields of the drafter's config that training does not look at, so that a resume may change them.
+_FREE_FIELDS = frozenset(
+    {"tree", "lookup", "verifier", "auto_off", "code_stamp", "format_version", "target_name_or_path", "_name_or_path"}
+    | {"architectures", "auto_map", "dtype", "transformers_version"}
 )
 
 Report = Callable[[str], None]
@@ -80,7 +80,8 @@ class TrainingPlan:
         tree: paths of the drafter's tree, None for the paper's.
         config: further fields of the drafter's config, such as ``num_hidden_layers``.
         target_layers: whether the decoder layers start as the target's last (see [`start_from_target_layers`]).
-        init_from: folder or Hub repo of a drafter to go on from; its config is kept, but for the tree if one is given.
+        init_from: folder or Hub repo of a drafter to go on from; its config is kept, but for the target's name, and the
+            tree if one is given. Fields that say what a new drafter is like are refused.
         lora_rank: train low-rank additions to that drafter only, merged in at the end; 0 trains all weights.
         save_dtype: of the saved weights.
     """
@@ -109,6 +110,17 @@ class TrainingPlan:
             raise TrainingError(f"save_dtype must be one of {', '.join(SAVED_DTYPES)}, got {self.save_dtype!r}.")
         if self.lora_rank and self.init_from is None:
             raise TrainingError("lora_rank adapts a trained drafter: name it as init_from.")
+        if self.init_from is not None and (given := self._shape_given()):
+            raise TrainingError(
+                f"init_from goes on with {self.init_from} as it is, and cannot change its {', '.join(given)}: leave "
+                f"out {'that' if len(given) == 1 else 'those'}, or train a new drafter without init_from."
+            )
+
+    def _shape_given(self) -> list[str]:
+        """The fields that say what a new drafter is like and are not as by default; config's by their own names."""
+        fields = type(self).__dataclass_fields__
+        names = ("block_size", "fusion", "draft_vocab_size", "target_layers")
+        return [name for name in names if getattr(self, name) != fields[name].default] + list(self.config)
 
 
 def default_learning_rate(hidden_size: int) -> float:
@@ -177,7 +189,7 @@ def train_drafter(
     started = time.time()
     checkpoint = _last_checkpoint(Path(args.output_dir or "."), resume)
     if trainer.is_world_process_zero():
-        _check_resume(Path(args.output_dir or "."), checkpoint, drafter, data.sha256())
+        _check_resume(Path(args.output_dir or "."), checkpoint, drafter, data.sha256(), plan.lora_rank)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except (OSError, SafetensorError) as error:  # no room for a checkpoint
@@ -246,6 +258,10 @@ def make_drafter(
             )
         if plan.tree is not None:
             drafter.config.tree = plan.tree
+        # It is this target's from now on: what generate() compares.
+        config.target_name_or_path = getattr(target.config, "_name_or_path", None) or None
+        config.target_model_type = text.model_type
+        config.target_fingerprint = fingerprint(target)
         return drafter.train()
     vocab_size = int(text.vocab_size)
     size = plan.draft_vocab_size or (8192 if vocab_size > 16384 else None)
@@ -275,8 +291,12 @@ def make_drafter(
     return drafter.train()
 
 
-def peak_memory() -> int:
-    """Bytes of memory that this process has had at most."""
+def peak_memory() -> int | None:
+    """Bytes of memory that this process has had at most; None where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -301,14 +321,14 @@ def _features(
         say("features are computed on the fly")
         return None
     key = cache_key(target, data, plan.max_length, feature_layers)
-    folder = plan.cache or default_cache_folder(key)
+    folder = (plan.cache or default_cache_folder(key)).expanduser()
     size = estimate_bytes(len(data.tokens), feature_width(target, feature_layers))
-    have = (folder / "index.json").is_file()
+    begun = (folder / "index.json").is_file()
     say(f"features take {size / 1e9:.2f} GB in {folder} ({free_bytes(folder) / 1e9:.0f} GB free)")
-    if not have and plan.features == "auto" and not cache_fits(folder, size):
+    if not begun and plan.features == "auto" and not cache_fits(folder, size):
         say("that is more than half of what is free: features are computed on the fly")
         return None
-    distilled = None if have else find_distilled_features(plan.data, target, data, feature_layers)
+    distilled = None if is_complete(folder) else find_distilled_features(plan.data, target, data, feature_layers)
     if distilled is not None:
         say(f"they came with the text in {plan.data}")
     ready = None if distilled is None else distilled.rows
@@ -379,21 +399,22 @@ def _last_checkpoint(folder: Path, resume: bool) -> str | None:
     return found
 
 
-def _check_resume(folder: Path, checkpoint: str | None, drafter: FalconDrafter, data: str) -> None:
+def _check_resume(folder: Path, checkpoint: str | None, drafter: FalconDrafter, data: str, lora_rank: int) -> None:
     """Note what is trained on what; on a resume, see that it is the same.
 
     Raises:
         TrainingError: another drafter or other text than the checkpoint's.
     """
     note = folder / "training.json"
-    shape = {name: value for name, value in drafter.config.to_dict().items() if name in _SHAPE}
-    now = json.loads(json.dumps({"data": data, **shape}))
+    shape = {name: value for name, value in drafter.config.to_dict().items() if name not in _FREE_FIELDS}
+    now = json.loads(json.dumps({"data": data, "lora_rank": lora_rank, **shape}))
     if checkpoint is None:
         folder.mkdir(parents=True, exist_ok=True)
         note.write_text(json.dumps(now), encoding="utf-8")
         return
     before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else now
-    changed = [name for name in now if before.get(name) != now[name]]
+    # A field that is not noted there did not exist, or was not noted, when that training began.
+    changed = [name for name in now if name in before and before[name] != now[name]]
     if changed:
         raise TrainingError(
             f"The checkpoint in {folder} is of another training: {', '.join(changed)} changed. Resume with the same "

@@ -67,7 +67,7 @@ def changed_arguments(args: TrainingArguments) -> dict[str, Any]:
 
 def data_recipe(path: str | Path) -> Any:
     """What ``falcon-hf distill`` wrote about the text: ``recipe.json`` in or beside it, None if there is none."""
-    path = Path(path)
+    path = Path(path).expanduser()
     for place in (path / "recipe.json", path.parent / "recipe.json"):
         if place.is_file():
             try:

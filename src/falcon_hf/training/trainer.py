@@ -68,6 +68,9 @@ class FalconTrainer(Trainer):
                 "A rollout would have to carry the LSTM's states from pass to pass: train with rollout_passes=1, or "
                 "with fusion 'linear' or 'lstm_stateless'."
             )
+        if args.n_gpu > 1:  # DataParallel splits batches by rows, which flat indices of positions do not survive
+            logger.warning("Training on one of %d GPUs; torchrun --nproc-per-node N uses more.", args.n_gpu)
+            args._n_gpu = 1
         kwargs.setdefault("data_collator", collate)
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         self.loss_is_scaled_for_ga = False  # a mean over the batch: Trainer divides by the accumulation steps
@@ -77,7 +80,8 @@ class FalconTrainer(Trainer):
         self._block_size: int = drafter.config.block_size
         self._target = target.requires_grad_(False).eval()
         device = args.device
-        if getattr(target, "hf_device_map", None) is None:
+        self._target_is_placed = getattr(target, "hf_device_map", None) is not None  # accelerate's, where it has put it
+        if not self._target_is_placed:
             target.get_input_embeddings().to(device)
         reduced = args.bf16 or args.fp16
         self._dtype: torch.dtype = (
@@ -111,8 +115,10 @@ class FalconTrainer(Trainer):
 
     def _pairs(self, inputs: dict[str, torch.Tensor]) -> PairBatch:
         if "features" not in inputs:
-            if self._target.device != self.args.device:
-                self._target.to(self.args.device)
+            if not self._target_is_placed:  # its embeddings are there, so that target.device does not tell
+                target: Any = self._target
+                target.to(self.args.device)
+                self._target_is_placed = True
             mask = torch.arange(inputs["input_ids"].shape[1], device=self.args.device) < inputs["lengths"][:, None]
             features = compute_features(self._target, inputs["input_ids"], mask.long(), self._config.feature_layers)
             inputs = {**inputs, "features": features}
@@ -127,7 +133,7 @@ class FalconTrainer(Trainer):
         args, k = self.args, self._block_size
         pairs = self._pairs(inputs)
         rows = pairs.tokens.shape[0]
-        draws, first_row = self._draws(rows)
+        draws = self._draws(rows)
         progress = self.state.global_step / max(1, self.state.max_steps)
         offsets = draw_block_offsets(draws.uniform("offset"), k)
         features = pairs.features.to(self._dtype)
@@ -136,7 +142,7 @@ class FalconTrainer(Trainer):
             noise = feature_noise(draws.uniform("noise", *features.shape[1:]), args.noise).to(self._dtype)
             noise = noise * pairs.paired[..., None]
         embeddings = self._embed(pairs.tokens) * pairs.paired[..., None]
-        replaced = self._glance(model, pairs, features, noise, embeddings, offsets, draws, first_row, progress)
+        replaced = self._glance(model, pairs, features, noise, embeddings, offsets, draws, progress)
         seen, tokens = features, embeddings
         if replaced is not None:
             seen = replace_coupled(features, replaced, k)
@@ -152,14 +158,14 @@ class FalconTrainer(Trainer):
         loss = self._losses(outputs, wanted, pairs, corrected, later)
         return (loss, outputs) if return_outputs else loss
 
-    def _draws(self, rows: int) -> tuple[RowDraws, int]:
-        """Random streams of this batch's rows, and the first row's place in the global batch."""
+    def _draws(self, rows: int) -> RowDraws:
+        """Random streams of this batch's rows, by their places in the global batch."""
         step, micro = self._micro
         micro = micro + 1 if step == self.state.global_step else 0
         self._micro = self.state.global_step, micro
         args = self.args
         first = (micro * max(1, args.world_size) + args.process_index) * args.train_batch_size
-        return RowDraws(args.seed, self.state.global_step, range(first, first + rows), args.device), first
+        return RowDraws(args.seed, self.state.global_step, range(first, first + rows), args.device)
 
     def _glance(
         self,
@@ -170,7 +176,6 @@ class FalconTrainer(Trainer):
         embeddings: torch.Tensor,
         offsets: torch.Tensor,
         draws: RowDraws,
-        first_row: int,
         progress: float,
     ) -> torch.Tensor | None:
         """``[B, S]`` bool, the columns to replace, by the Hamming distance of a first pass; None without glancing."""
@@ -179,32 +184,32 @@ class FalconTrainer(Trainer):
         if weight <= 0:
             return None
         rows, columns = pairs.tokens.shape
-        stride = max(1, round(1 / args.first_pass_share))
-        asked = [row for row in range(rows) if (first_row + row + self.state.global_step) % stride == 0]
+        share = max(1, round(1 / args.first_pass_share))
+        # At least one row, in every step and process: without, there is no error rate, and DDP lacks a forward.
+        stride = min(share, rows)
+        asked = [row for row in range(rows) if (row + self.state.global_step) % stride == 0]
         learned = pairs.learned
+        row = torch.tensor(asked, device=learned.device)
+        index = learned[row].flatten().nonzero()[:, 0]
+        seen = features[row] if noise is None else features[row] + noise[row]
+        with torch.no_grad():
+            estimates = model(
+                features=seen,
+                embeddings=embeddings[row],
+                block_offset=offsets[row],
+                pair_mask=pairs.real[row],
+                select=index,
+            )
+            drafted = torch.full((len(asked) * columns,), -2, dtype=torch.long, device=learned.device)
+            drafted.index_copy_(0, index, self._head.likeliest(estimates, args.vocabulary_chunk))
+        said = self._draft_places[pairs.answers[row]]
         distance = torch.zeros(rows, device=learned.device)
-        if asked:
-            row = torch.tensor(asked, device=learned.device)
-            index = learned[row].flatten().nonzero()[:, 0]
-            seen = features[row] if noise is None else features[row] + noise[row]
-            with torch.no_grad():
-                estimates = model(
-                    features=seen,
-                    embeddings=embeddings[row],
-                    block_offset=offsets[row],
-                    pair_mask=pairs.real[row],
-                    select=index,
-                )
-                drafted = torch.full((len(asked) * columns,), -2, dtype=torch.long, device=learned.device)
-                drafted.index_copy_(0, index, self._head.likeliest(estimates, args.vocabulary_chunk))
-            said = self._draft_places[pairs.answers[row]]
-            distance[row] = hamming_distance(drafted.view(len(asked), -1), said, learned[row]).float()
-        if stride > 1:
-            sums = torch.stack([distance.sum(), learned[asked].sum().float()]) if asked else distance.new_zeros(2)
-            sums = self._over_processes(sums)
+        distance[row] = hamming_distance(drafted.view(len(asked), -1), said, learned[row]).float()
+        if share > 1:  # by the share, as processes must agree on whether they add up
+            sums = self._over_processes(torch.stack([distance.sum(), learned[row].sum().float()]))
             estimated = learned.sum(-1) * (sums[0] / sums[1].clamp_min(1))
             measured = torch.zeros(rows, dtype=torch.bool, device=learned.device)
-            measured[asked] = True
+            measured[row] = True
             distance = torch.where(measured, distance, estimated)
         longest = args.glance_longest_run or max(1, k - 1)
         uniform = draws.uniform("glance", columns // k + 2, 3)
