@@ -185,6 +185,8 @@ def test_bad_plans_are_told(tiny_target, tiny_drafter, text_file, tmp_path, tiny
         ({"fusion": "sum"}, "fusion"),
         ({"config": {"depth": 3}}, "depth"),
         ({"draft_vocab_size": 99}, "draft_vocab_size"),
+        ({"config": {"feature_layers": [1, 99]}}, "must end with 2"),
+        ({"config": {"feature_layers": [0, 1]}}, "must end with 2"),
     ):
         with pytest.raises(TrainingError, match=words):
             make_drafter(plan_of(text_file, tmp_path, **given), target, tiny_text, tiny_text)

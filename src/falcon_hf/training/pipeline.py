@@ -272,6 +272,12 @@ def make_drafter(
         config = FalconDrafterConfig.from_target(target, block_size=plan.block_size, fusion=plan.fusion, **overrides)
     except (TypeError, ValueError) as error:
         raise TrainingError(f"No such drafter: {error}") from error
+    layers, last = config.feature_layers, int(text.num_hidden_layers)
+    if layers is not None and layers[-1] != last:
+        raise TrainingError(
+            f"feature_layers must end with {last}, the target's num_hidden_layers, because the drafter estimates that "
+            f"hidden state; got {layers}."
+        )
     drafter = FalconDrafter(config)
     if plan.target_layers:
         start_from_target_layers(drafter, target)
