@@ -51,7 +51,11 @@ def bench(
         str | None, typer.Option(help="Folder or Hub repo of the drafter; the demo's drafter for 'demo'.")
     ] = None,
     tree: Annotated[
-        str | None, typer.Option(help="JSON file of paths, [[0], [1], [0, 0]], instead of the drafter's tree.")
+        str | None,
+        typer.Option(
+            help="Tree instead of the drafter's: JSON with paths, [[0], [1], [0, 0]], or a dynamic tree; or Python "
+            "with a list of Medusa, EAGLE or upstream Falcon, choices.py#NAME."
+        ),
     ] = None,
     methods: Annotated[
         str,

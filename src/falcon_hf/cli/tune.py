@@ -19,8 +19,8 @@ from ..tuning.calibrate import CalibrationPlan, NamedDrafter, calibrate
 from ..tuning.calibration import Calibration
 from ..tuning.check import SWEEP_NODES, compare, measure, spread_settings, sweep_settings, write_check
 from ..tuning.choice import Prediction, choose
+from ..tuning.drafter_tree import write_drafter_tree
 from ..tuning.errors import TuningError
-from ..tuning.tree_files import write_drafter_tree
 from .console import (
     fail,
     parse_device,
