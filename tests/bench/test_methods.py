@@ -155,7 +155,7 @@ def test_tree_override(chat_target: Any, drafter_path: Path, tmp_path: Path, ids
         ("[]", "at least one path"),
         ("[[0, 0]]", r"not its parent \[0\]"),
         ("[[-1]]", "ranks from 0 on"),
-        ("3", "not iterable"),
+        ("3", "neither a list of paths"),
     ],
 )
 def test_bad_tree_file(chat_target: Any, drafter_path: Path, tmp_path: Path, text: str, fault: str) -> None:

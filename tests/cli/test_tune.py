@@ -264,7 +264,7 @@ def test_options_that_would_be_ignored_are_refused(run: Run, given: tuple[Any, .
 
 def test_the_help_names_gpus_that_there_are(run: Run) -> None:
     text = " ".join(run("tune", "--help").stdout.split())
-    (named,) = re.findall(r"--gpu TEXT --simulate: ([^;]*), \.\.\.; see docs/tuning.md", text)
+    (named,) = re.findall(r"--gpu \S+ --simulate: ([^;]*), \.\.\.; see docs/tuning.md", text)
     assert [gpu_named(name).name for name in named.split(", ")] == ["a100-80gb", "h100-sxm"]
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 from ..runtime.dynamic_tree import KIND as DYNAMIC
 from ..runtime.dynamic_tree import DynamicTree
 from ..runtime.tree_shape import TreeShape, chain
-from .errors import BenchError, first_line
+from ..tree_files import TreeFileError
+from ..tree_files import read_tree as read_tree_file
+from .errors import BenchError
 
 PAPER, CHAIN = "paper", "chain"
 
@@ -32,25 +32,16 @@ def named_tree(name: str, block_size: int) -> ConfigTree:
 
 
 def read_tree(path: str) -> ConfigTree:
-    """Paths of child ranks, ``[[0], [1], [0, 0]]``, or a dynamic tree's fields, from a JSON file.
-
-    An object with a ``tree``, as ``falcon-hf tune`` writes it, will do as well.
+    """The tree in a file, as a config holds it: see ``falcon_hf.tree_files``.
 
     Raises:
         BenchError: if the file cannot be read or holds no tree.
     """
     try:
-        tree = json.loads(Path(path).read_text(encoding="utf-8"))
-        if isinstance(tree, dict) and "tree" in tree:
-            tree = tree["tree"]
-        if isinstance(tree, dict):
-            # A calibration has tables a block position, which the drafter's config checks; the rest is checked here.
-            DynamicTree.from_config({**tree, "calibration": None}, block_size=1)
-            return tree
-        return as_paths(TreeShape.from_paths(tree))
-    except (OSError, ValueError, TypeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
-        raise BenchError(f"The tree file {path} cannot be used: {reason}") from error
+        tree = read_tree_file(path)
+    except TreeFileError as error:
+        raise BenchError(str(error)) from error
+    return as_paths(tree) if isinstance(tree, TreeShape) else tree
 
 
 def as_paths(shape: TreeShape) -> list[list[int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +16,19 @@ from ..bench.question_sets import NAMES, find_questions
 from ..bench.report import render
 from ..bench.result_file import read_result
 from ..bench.runs import RunPlan, run
-from .console import fail, parse_device, parse_dtype, print_json, quiet, set_threads, stderr, stdout
+from .console import (
+    fail,
+    parse_device,
+    parse_dtype,
+    parse_named_values,
+    parse_numbers,
+    print_json,
+    quiet,
+    set_attention,
+    set_threads,
+    stderr,
+    stdout,
+)
 from .loading import DEMO, find_demo_drafter, load_target
 
 _METHOD_HELP = "; ".join(
@@ -40,7 +51,11 @@ def bench(
         str | None, typer.Option(help="Folder or Hub repo of the drafter; the demo's drafter for 'demo'.")
     ] = None,
     tree: Annotated[
-        str | None, typer.Option(help="JSON file of paths, [[0], [1], [0, 0]], instead of the drafter's tree.")
+        str | None,
+        typer.Option(
+            help="Tree instead of the drafter's: JSON with paths, [[0], [1], [0, 0]], or a dynamic tree; or Python "
+            "with a list of Medusa, EAGLE or upstream Falcon, choices.py#NAME."
+        ),
     ] = None,
     methods: Annotated[
         str,
@@ -87,7 +102,7 @@ def bench(
                 option, temperature, max_new_tokens=max_new_tokens, top_p=top_p, top_k=top_k,
                 repetition_penalty=repetition_penalty, no_repeat_ngram_size=no_repeat_ngram_size,
             ),
-            _seeds(seeds),
+            parse_numbers(seeds, "--seeds"),
             repeats,
             warmup,
             turns,
@@ -101,8 +116,7 @@ def bench(
         set_threads(threads)
         with quiet():
             model, tokenizer = load_target(target, parsed, where)
-            if attention is not None:
-                _set_attention(model, attention)
+            set_attention(model, attention)
             context = MethodContext(model, source, paths)
             built = [build_method(spec, context) for spec in specs]
             result = run(model, tokenizer, built, plan, output, show_progress=not as_json)
@@ -139,26 +153,4 @@ def _options(extra: list[str] | None, temperature: float, **given: Any) -> dict[
         options |= {"do_sample": True, "temperature": temperature}
     elif "top_p" in options or "top_k" in options:
         raise BenchError("--top-p and --top-k need a --temperature above 0; greedy decoding ignores them.")
-    for text in extra or []:
-        name, equals, value = text.partition("=")
-        if not equals or not name.isidentifier():
-            raise BenchError(f"--option is NAME=JSON, such as min_p=0.1, got {text!r}.")
-        try:
-            options[name] = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise BenchError(f"--option {name}: {value!r} is not JSON (a string needs double quotes).") from error
-    return options
-
-
-def _seeds(text: str) -> list[int]:
-    try:
-        return [int(seed) for seed in text.split(",")]
-    except ValueError as error:
-        raise BenchError(f"--seeds is a comma-separated list of whole numbers, got {text!r}.") from error
-
-
-def _set_attention(target: Any, name: str) -> None:
-    try:
-        target.set_attn_implementation(name)
-    except (ValueError, ImportError, KeyError) as error:
-        raise BenchError(f"--attention {name!r} cannot be used: {error}") from error
+    return options | parse_named_values(extra or [], "--option")

@@ -1,4 +1,4 @@
-"""What the commands share: consoles, one-line errors, quiet libraries, and the options for dtype, device and threads.
+"""What the commands share: consoles, one-line errors, quiet libraries, and the options that several have.
 
 Text and JSON go to standard output, everything else to standard error. A problem the user can solve is one line
 there and exit code 2. Loading of models is in ``loading.py``.
@@ -18,6 +18,7 @@ import typer
 from huggingface_hub.utils import logging as hub_logging
 from rich.console import Console
 from rich.markup import escape
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 stdout = Console(highlight=False)
@@ -90,6 +91,38 @@ def parse_device(name: str | None) -> torch.device:
         return torch.empty(0, device=name).device  # asks the device itself
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {name!r} cannot be used: {error}")
+
+
+def parse_numbers(text: str, option: str) -> list[int]:
+    """Whole numbers of a comma-separated list; anything else ends the command with the option's name."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        fail(f"{option} is a comma-separated list of whole numbers, got {text!r}.")
+
+
+def parse_named_values(texts: list[str], option: str) -> dict[str, Any]:
+    """Values of a repeated ``NAME=JSON`` option by name; anything else ends the command with the option's name."""
+    values = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            fail(f"{option} is NAME=JSON, such as min_p=0.1, got {text!r}.")
+        try:
+            values[name] = json.loads(value)
+        except json.JSONDecodeError:
+            fail(f"{option} {name}: {value!r} is not JSON (a string needs double quotes).")
+    return values
+
+
+def set_attention(target: PreTrainedModel, name: str | None) -> None:
+    """Give a target the attention implementation of ``--attention`` (None: leave it); a bad name ends the command."""
+    if name is None:
+        return
+    try:
+        target.set_attn_implementation(name)
+    except (ValueError, ImportError, KeyError) as error:
+        fail(f"--attention {name!r} cannot be used: {error}")
 
 
 def refuse_options(command: typer.Context, names: Collection[str], why: str) -> None:

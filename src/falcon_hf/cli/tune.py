@@ -19,9 +19,20 @@ from ..tuning.calibrate import CalibrationPlan, NamedDrafter, calibrate
 from ..tuning.calibration import Calibration
 from ..tuning.check import SWEEP_NODES, compare, measure, spread_settings, sweep_settings, write_check
 from ..tuning.choice import Prediction, choose
+from ..tuning.drafter_tree import write_drafter_tree
 from ..tuning.errors import TuningError
-from ..tuning.tree_files import write_drafter_tree
-from .console import fail, parse_device, parse_dtype, print_json, quiet, refuse_options, set_threads, stderr
+from .console import (
+    fail,
+    parse_device,
+    parse_dtype,
+    parse_numbers,
+    print_json,
+    quiet,
+    refuse_options,
+    set_attention,
+    set_threads,
+    stderr,
+)
 from .loading import DEMO, find_demo_drafter, load_drafter, load_target
 from .prompts import read_prompts
 from .tune_plan import curves, simulate
@@ -116,12 +127,24 @@ def tune(
         if cost_curves:
             where = parse_device(device)
             set_threads(threads)
-            curves(shape, where, parse_dtype(dtype), _numbers(contexts, "--contexts"), max_passes, repeats, output)
+            curves(
+                shape,
+                where,
+                parse_dtype(dtype),
+                tuple(parse_numbers(contexts, "--contexts")),
+                max_passes,
+                repeats,
+                output,
+            )
             return
         if prompts is None or output is None:
             raise TuningError("Name prompts to measure on and a file to keep: --prompts FILE --output FILE.")
         plan = CalibrationPlan(
-            max_new_tokens, max_passes, max_nodes, contexts=_numbers(contexts, "--contexts"), repeats=repeats
+            max_new_tokens,
+            max_passes,
+            max_nodes,
+            contexts=tuple(parse_numbers(contexts, "--contexts")),
+            repeats=repeats,
         )
         parsed, where = parse_dtype(dtype), parse_device(device)
         sources = drafter or ([find_demo_drafter()] if target == DEMO else [])
@@ -131,8 +154,7 @@ def tune(
         set_threads(threads)
         with quiet():
             model, tokenizer = load_target(target, parsed, where)
-            if attention is not None:
-                _set_attention(model, attention)
+            set_attention(model, attention)
             asked = read_prompts(prompts, tokenizer, num_prompts)
             drafters = [_drafter(source, model) for source in sources]
             provenance = {
@@ -275,20 +297,6 @@ def _stored(path: Path, provenance: dict[str, Any], drafters: list[NamedDrafter]
         raise TuningError(f"{path} is of other settings ({difference}); choose another --output, or delete it.")
     stderr.print(f"Using the calibration in {path}.", soft_wrap=True)
     return calibration
-
-
-def _numbers(text: str, option: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise TuningError(f"{option} is a comma-separated list of whole numbers, got {text!r}.") from error
-
-
-def _set_attention(target: Any, name: str) -> None:
-    try:
-        target.set_attn_implementation(name)
-    except (ValueError, ImportError, KeyError) as error:
-        raise TuningError(f"--attention {name!r} cannot be used: {error}") from error
 
 
 def _progress(shown: bool) -> Any:

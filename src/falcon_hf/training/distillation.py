@@ -7,6 +7,7 @@ data; and, from [`save_dataset`], the same as a ``datasets`` dataset with ``inpu
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -236,7 +237,8 @@ def _recipe(target: PreTrainedModel, settings: DistillationSettings) -> dict[str
         "target_fingerprint": fingerprint(target),
         "target_dtype": str(target.dtype).removeprefix("torch."),
         _DIGEST: None if any(weight.is_meta for weight in target.parameters()) else target_digest(target),
-        "settings": asdict(settings),
+        # A benchmark's questions are not for passing on: their hash says which they were.
+        "settings": asdict(settings) | {"excluded": _digest(settings.excluded)},
         "versions": {
             "falcon_hf": __version__,
             "torch": torch.__version__,
@@ -267,6 +269,11 @@ def _check_recipe(output: Path, recipe: dict[str, Any]) -> None:
     elif (output / DIALOGUES).exists():
         raise DistillationError(f"{output} holds dialogues without a {RECIPE}: choose another --output.")
     path.write_text(json.dumps(recipe, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _digest(turns: list[str]) -> dict[str, Any]:
+    """Number and hash of user turns."""
+    return {"count": len(turns), "sha256": hashlib.sha256(json.dumps(turns).encode()).hexdigest()}
 
 
 def _comparable(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ class Falcon(Method):
     name = "falcon"
     settings = {
         "drafter": "folder or Hub repo, --drafter by default",
-        "tree": "paper, chainN, dynamicN (N nodes), or a JSON file; --tree by default, else the drafter's own",
+        "tree": "paper, chainN, dynamicN (N nodes), or a file as for --tree; --tree by default, else the drafter's own",
         **FIELDS,
     }
     needs_drafter = True

@@ -1,4 +1,4 @@
-"""Trees from files of ours, of Medusa and EAGLE, and of upstream Falcon; and into a drafter's config."""
+"""Trees from files of ours, of Medusa and EAGLE, and of upstream Falcon."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import json
 
 import pytest
 
-from falcon_hf import FalconDrafter, TreeShape
-from falcon_hf.tuning.errors import TuningError
-from falcon_hf.tuning.tree_files import read_tree, write_drafter_tree
+from falcon_hf import TreeShape
+from falcon_hf.bench.draft_trees import read_tree as read_config_tree
+from falcon_hf.bench.errors import BenchError
+from falcon_hf.tree_files import TreeFileError, read_tree
 
 # In upstream's form (Bestpay-inc/Falcon, models/choices.py): paths repeated, a parent missing, other variables around.
 UPSTREAM = """
@@ -61,6 +62,9 @@ def test_json(tmp_path, text):
         ("a.py", "x = [[0]\n", "cannot be used"),
         ("a.py", "x = [[]]\n", "non-empty list"),
         ("a.json", '{"trees": []}', "neither a list"),
+        ("a.json", "3", "neither a list"),
+        ("a.json", "[[0, 0]]", "not its parent"),
+        ("a.json", '{"kind": "dynamic"}', "has kind 'dynamic' and nodes"),
         ("a.json", "[]", "at least one path"),
         ("a.json", "[[-1]]", "ranks from 0 on"),
         ("a.json", "[[0.5]]", "ranks from 0 on"),
@@ -68,32 +72,31 @@ def test_json(tmp_path, text):
     ],
 )
 def test_what_is_no_tree_is_refused(tmp_path, name, text, message):
-    with pytest.raises(TuningError, match=message):
+    with pytest.raises(TreeFileError, match=message):
         read_tree(write(tmp_path, name, text))
 
 
 def test_absent_files_and_names_are_refused(tmp_path):
-    with pytest.raises(TuningError, match="cannot be read"):
+    with pytest.raises(TreeFileError, match=r"none.json cannot be used: No such file"):
         read_tree(tmp_path / "none.json")
-    with pytest.raises(TuningError, match="no tree 'b', but a"):
+    with pytest.raises(TreeFileError, match="no tree 'b', but a"):
         read_tree(write(tmp_path, "a.py", "a = [[0]]\n"), "b")
 
 
-def test_a_drafter_gets_the_tree_and_nothing_else_changes(tmp_path, tiny_target, tiny_drafter):
-    tiny_drafter(tiny_target(), 2).save_pretrained(tmp_path)
-    before = json.loads((tmp_path / "config.json").read_text())
-    shape = TreeShape.from_paths([[0], [3], [0, 1]])
-    write_drafter_tree(tmp_path, shape)
-    after = json.loads((tmp_path / "config.json").read_text())
-    assert after.pop("tree") == [[0], [3], [0, 1]]
-    assert after == {key: value for key, value in before.items() if key != "tree"}
-    assert FalconDrafter.from_pretrained(tmp_path).config.tree == [[0], [3], [0, 1]]
+def test_dynamic_trees(tmp_path):
+    entry = {"kind": "dynamic", "nodes": 7, "passes": 1}
+    assert read_tree(write(tmp_path, "a.json", json.dumps(entry))) == entry
+    assert read_tree(write(tmp_path, "b.json", json.dumps({"tree": entry, "format": "x"}))) == entry
 
 
-def test_other_folders_get_no_tree(tmp_path, tiny_target):
-    shape = TreeShape.from_paths([[0]])
-    with pytest.raises(TuningError, match="no drafter's folder"):
-        write_drafter_tree(tmp_path, shape)
-    tiny_target().config.save_pretrained(tmp_path)
-    with pytest.raises(TuningError, match="holds no Falcon drafter"):
-        write_drafter_tree(tmp_path, shape)
+def test_the_commands_tree_option_reads_them_all(tmp_path):
+    """``--tree`` of train and bench, and bench's ``falcon:tree=FILE``."""
+    upstream = write(tmp_path, "choices.py", UPSTREAM)
+    assert read_config_tree(f"{upstream}#other") == [[0], [0, 0]]
+    assert len(read_config_tree(f"{upstream}#small_2layer")) == 7
+    assert len(read_config_tree(str(write(tmp_path, "eagle.py", EAGLE)))) == 7
+    assert len(read_config_tree(str(write(tmp_path, "medusa.py", MEDUSA)))) == 4
+    entry = {"kind": "dynamic", "nodes": 7}
+    assert read_config_tree(str(write(tmp_path, "dynamic.json", json.dumps(entry)))) == entry
+    with pytest.raises(BenchError, match=r"several trees; name one of other, small_2layer, as FILE.py#NAME"):
+        read_config_tree(str(upstream))

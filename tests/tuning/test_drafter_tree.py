@@ -1,0 +1,31 @@
+"""A tree into a drafter's config."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from falcon_hf import FalconDrafter, TreeShape
+from falcon_hf.tuning.drafter_tree import write_drafter_tree
+from falcon_hf.tuning.errors import TuningError
+
+
+def test_a_drafter_gets_the_tree_and_nothing_else_changes(tmp_path, tiny_target, tiny_drafter):
+    tiny_drafter(tiny_target(), 2).save_pretrained(tmp_path)
+    before = json.loads((tmp_path / "config.json").read_text())
+    shape = TreeShape.from_paths([[0], [3], [0, 1]])
+    write_drafter_tree(tmp_path, shape)
+    after = json.loads((tmp_path / "config.json").read_text())
+    assert after.pop("tree") == [[0], [3], [0, 1]]
+    assert after == {key: value for key, value in before.items() if key != "tree"}
+    assert FalconDrafter.from_pretrained(tmp_path).config.tree == [[0], [3], [0, 1]]
+
+
+def test_other_folders_get_no_tree(tmp_path, tiny_target):
+    shape = TreeShape.from_paths([[0]])
+    with pytest.raises(TuningError, match="no drafter's folder"):
+        write_drafter_tree(tmp_path, shape)
+    tiny_target().config.save_pretrained(tmp_path)
+    with pytest.raises(TuningError, match="holds no Falcon drafter"):
+        write_drafter_tree(tmp_path, shape)
