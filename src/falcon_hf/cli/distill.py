@@ -9,7 +9,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..bench.errors import BenchError
-from ..bench.questions import read_questions
+from ..bench.question_sets import find_questions
 from ..training.distillation import DistillationSettings, distil, save_dataset
 from ..training.errors import DistillationError
 from .console import fail, parse_device, parse_dtype, quiet, set_threads, stderr, stdout
@@ -28,7 +28,8 @@ def distill(
     split: Annotated[str, typer.Option(help="Split of a Hub dataset.")] = "train",
     stems: Annotated[Path | None, typer.Option(help="Beginnings of self-made turns, one a line.")] = None,
     exclude: Annotated[
-        list[Path] | None, typer.Option(help="Question file (jsonl) that no prompt may begin like; repeatable.")
+        list[str] | None,
+        typer.Option(help="Questions that no prompt may begin like: a file or a set's name; repeatable."),
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="Of the answers; 0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Of sampled answers.")] = 0.95,
@@ -61,7 +62,9 @@ def distill(
             column=column,
             split=split,
             stems=None if stems is None else _stems(stems),
-            excluded=[turn for file in exclude or [] for question in read_questions(file) for turn in question.turns],
+            excluded=[
+                turn for file in exclude or [] for question in find_questions(file).questions for turn in question.turns
+            ],
             temperature=temperature,
             top_p=top_p,
             max_prompt_tokens=max_prompt_tokens,
