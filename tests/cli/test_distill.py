@@ -43,7 +43,7 @@ def test_excluded_questions_are_not_answered(run: Run, repos: Path, tmp_path: Pa
     ("options", "message"),
     [
         (("--prompts", "nowhere.jsonl"), "There is no file"),
-        (("--feature-layers", "one"), "--feature-layers is a list of numbers"),
+        (("--feature-layers", "one"), "--feature-layers is a comma-separated list of whole numbers"),
         (("--feature-layers", "1,99"), "no hidden state 99: feature layers are from 0 (the embeddings) to 2"),
         (("--feature-layers", "-1"), "no hidden state -1"),
         (("--stems", "nowhere.txt"), "No such file"),

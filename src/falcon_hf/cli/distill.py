@@ -12,7 +12,7 @@ from ..bench.errors import BenchError
 from ..bench.question_sets import find_questions
 from ..training.distillation import DistillationSettings, distil, save_dataset
 from ..training.errors import DistillationError
-from .console import fail, parse_device, parse_dtype, quiet, set_threads, stderr, stdout
+from .console import fail, parse_device, parse_dtype, parse_numbers, quiet, set_threads, stderr, stdout
 from .loading import DEMO, load_target
 
 
@@ -70,7 +70,7 @@ def distill(
             max_prompt_tokens=max_prompt_tokens,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
-            feature_layers=None if feature_layers is None else _layers(feature_layers),
+            feature_layers=None if feature_layers is None else parse_numbers(feature_layers, "--feature-layers"),
             seed=seed,
         )
         parsed, where = parse_dtype(dtype), parse_device(device)
@@ -96,13 +96,6 @@ def distill(
         stderr.print(f"Stopped. What was done is in {output}; the same command goes on.", soft_wrap=True)
         raise typer.Exit(130) from None
     stdout.print(f"{count} dialogues with {tokens} answer tokens are in {output}.", soft_wrap=True)
-
-
-def _layers(text: str) -> list[int]:
-    try:
-        return [int(layer) for layer in text.split(",")]
-    except ValueError as error:
-        raise DistillationError(f"--feature-layers is a list of numbers such as 10,20,30, got {text!r}.") from error
 
 
 def _stems(path: Path) -> list[str]:

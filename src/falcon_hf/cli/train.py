@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from .console import fail, parse_device, parse_dtype, quiet, set_threads, stderr
+from .console import fail, parse_device, parse_dtype, parse_named_values, parse_numbers, quiet, set_threads, stderr
 from .loading import DEMO, load_target
 from .training_progress import TrainingProgress, feature_bar
 
@@ -113,11 +112,11 @@ def train(
     if compute not in ("bfloat16", "float32"):
         fail(f"--compute must be bfloat16 or float32, got {compute!r}.")
     set_threads(threads)
-    drafter_config = _settings("--config", config)
+    drafter_config = parse_named_values(config or [], "--config")
     if layers != 1:
         drafter_config["num_hidden_layers"] = layers
     if feature_layers is not None:
-        drafter_config["feature_layers"] = _numbers("--feature-layers", feature_layers)
+        drafter_config["feature_layers"] = parse_numbers(feature_layers, "--feature-layers")
     with quiet():
         model, tokenizer = load_target(target, target_dtype, where)
     hidden = int(model.config.get_text_config().hidden_size)
@@ -166,7 +165,7 @@ def train(
             save_dtype=save_dtype,
         )
         try:
-            args = FalconTrainingArguments(**settings | _settings("--option", option))
+            args = FalconTrainingArguments(**settings | parse_named_values(option or [], "--option"))
         except (TypeError, ValueError) as error:
             raise TrainingError(f"The training arguments cannot be used: {error}") from error
         with quiet(), feature_bar(stderr) as computed:
@@ -193,27 +192,6 @@ def _device(name: str | None) -> torch.device:
     """As [`parse_device`]; under torchrun, each process has a GPU of its own unless one is named."""
     device, rank = parse_device(name), os.environ.get("LOCAL_RANK")
     return torch.device("cuda", int(rank)) if name is None and device.type == "cuda" and rank is not None else device
-
-
-def _settings(name: str, given: list[str] | None) -> dict[str, Any]:
-    """``NAME=JSON`` options."""
-    settings: dict[str, Any] = {}
-    for text in given or []:
-        key, equals, value = text.partition("=")
-        if not equals or not key.isidentifier():
-            fail(f"{name} is NAME=JSON, got {text!r}.")
-        try:
-            settings[key] = json.loads(value)
-        except json.JSONDecodeError:
-            fail(f"{name} {key}: {value!r} is not JSON (a string needs double quotes).")
-    return settings
-
-
-def _numbers(name: str, text: str) -> list[int]:
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError:
-        fail(f"{name} is a comma-separated list of whole numbers, got {text!r}.")
 
 
 def _read_tree(path: Path) -> Any:
