@@ -12,9 +12,10 @@ import falcon_hf
 
 ROOT = Path(falcon_hf.__file__).parent
 # Single files that every room may use.
-SHARED = {"metrics", "drafter_loading", "demo_target", "tree_files", "version"}
+SHARED = {"measured_calls", "metrics", "drafter_loading", "demo_target", "tree_files", "version"}
 MAY_IMPORT = {
     "runtime": set[str](),
+    "measured_calls": set[str](),
     "metrics": set[str](),
     "demo_target": set[str](),
     "version": set[str](),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..measured_calls import padding_token
 from ..runtime.modeling_falcon_drafter import FalconDrafter
 from ..runtime.target import family
 from ..runtime.tree_shape import TreeShape, chain
@@ -18,7 +19,7 @@ from .calibration import Calibration, DrafterRecord
 from .choice import Option, predict
 from .cost_measurement import DRAFT_WIDTHS, VERIFY_NODES, plain_decoding, time_drafts, time_verification
 from .errors import TuningError
-from .rank_measurement import GreedyText, feature_layers, greedy_text, measure_ranks, pad
+from .rank_measurement import GreedyText, feature_layers, greedy_text, measure_ranks
 from .static_tree import best_tree
 
 logger = logging.getLogger(__name__)
@@ -198,7 +199,7 @@ def generate_with(
             assistant_model=drafter,
             do_sample=False,
             max_new_tokens=max_new_tokens,
-            **pad(target),
+            pad_token_id=padding_token(target),
         )
     return drafter.last_generation
 

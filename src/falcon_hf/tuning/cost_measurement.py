@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import DynamicCache, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from ..measured_calls import padding_token, synchronize
 from ..runtime.candidate_generator import FalconCandidateGenerator
 from ..runtime.modeling_falcon_drafter import FalconDrafter
 from ..runtime.target_session import TargetSession, cache_key
@@ -22,7 +23,7 @@ from ..runtime.tree import DraftTree
 from ..runtime.tree_shape import Path, TreeShape
 from .calibration import DraftTime, VerifyTime
 from .errors import TuningError
-from .rank_measurement import GreedyText, pad
+from .rank_measurement import GreedyText
 
 VERIFY_NODES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 DRAFT_WIDTHS = (1, 2, 4, 8, 16)
@@ -44,12 +45,6 @@ def medians(calls: Mapping[Key, Callable[[], object]], repeats: int, device: tor
             if turn:
                 times[key].append(time.perf_counter() - start)
     return {key: statistics.median(own) for key, own in times.items()}
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for queued work."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def start_session(target: PreTrainedModel, ids: torch.Tensor, room: int) -> tuple[TargetSession, Any]:
@@ -167,6 +162,6 @@ def plain_decoding(target: PreTrainedModel, prompt: torch.Tensor, options: dict[
         prompt,
         attention_mask=torch.ones_like(prompt),
         stopping_criteria=StoppingCriteriaList([clock]),
-        **{**pad(target), **options},
+        **{"pad_token_id": padding_token(target), **options},
     )
     return len(clock.times) - 1, clock.times[-1] - clock.times[0]

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from ..measured_calls import padding_token
 from ..runtime.candidate_generator import FalconCandidateGenerator
 from ..runtime.modeling_falcon_drafter import FalconDrafter
 from ..runtime.tree_shape import chain
@@ -57,19 +58,14 @@ def greedy_text(
     """
     prompt = prompt.to(target.device)
     ids = target.generate(
-        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=max_new_tokens, **pad(target)
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=padding_token(target),
     )
     outputs = target(ids, use_cache=False, output_hidden_states=True)
     return GreedyText(ids, prompt.shape[1], {layer: outputs.hidden_states[layer] for layer in layers})
-
-
-def pad(target: PreTrainedModel) -> dict[str, int]:
-    """A pad token for ``generate()`` where the target has none: the one it would choose, without the warning."""
-    config = target.generation_config
-    if config is None or config.pad_token_id is not None or config.eos_token_id is None:
-        return {}
-    eos = config.eos_token_id
-    return {"pad_token_id": eos[0] if isinstance(eos, list) else eos}
 
 
 class PathDrafter(FalconCandidateGenerator):

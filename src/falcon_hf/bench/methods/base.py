@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import PreTrainedModel
 
+from ...measured_calls import padding_token, synchronize
 from ...runtime.statistics import GenerationStatistics
 from ..memory import peak_bytes, reset_peak
 
@@ -137,19 +138,19 @@ class Method(ABC):
         """
         prompts = [ids] if isinstance(ids, torch.Tensor) else list(ids)
         device = self.target.device
-        padding = _pad(self.target)
-        batch, mask = left_padded(prompts, options.get("pad_token_id", padding["pad_token_id"] or 0))
-        inputs = {"attention_mask": mask.to(device)}
-        if padding["pad_token_id"] is not None:
-            inputs |= padding
+        padding = padding_token(self.target)
+        batch, mask = left_padded(prompts, options.get("pad_token_id", padding or 0))
+        inputs: dict[str, Any] = {"attention_mask": mask.to(device)}
+        if padding is not None:
+            inputs["pad_token_id"] = padding
         arguments = {**inputs, **options, **self.arguments()}
         batch = batch.to(device)
         with self.counted() as forwards:
             measured = reset_peak(device)
-            _synchronize(device)
+            synchronize(device)
             start = time.perf_counter()
             out = self.target.generate(batch, **arguments)
-            _synchronize(device)
+            synchronize(device)
             seconds = time.perf_counter() - start
             peak = peak_bytes(device) if measured else None
         texts = out[:, batch.shape[1] :].tolist()
@@ -203,18 +204,3 @@ def _end_tokens(target: PreTrainedModel, options: dict[str, Any]) -> set[int]:
     if eos is None:
         return set()
     return set(eos) if isinstance(eos, (list, tuple)) else {eos}
-
-
-def _pad(target: PreTrainedModel) -> dict[str, Any]:
-    """The pad token; where the target has none the one ``generate()`` would choose, with a warning each call."""
-    config: Any = target.generation_config
-    if config.pad_token_id is not None or config.eos_token_id is None:
-        return {"pad_token_id": config.pad_token_id}
-    eos = config.eos_token_id
-    return {"pad_token_id": eos[0] if isinstance(eos, list) else eos}
-
-
-def _synchronize(device: torch.device) -> None:
-    """Wait for queued work, so that a time is that of the work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
