@@ -31,7 +31,7 @@ from .prompts import chat_prompt, distinct, end_ids, made_turns, normalised, rea
 logger = logging.getLogger(__name__)
 
 DIALOGUES, TURNS, RECIPE, FEATURES = "dialogues.jsonl", "turns.jsonl", "recipe.json", "features.bfloat16"
-_DIGEST = "target_digest"
+DIGEST = "target_digest"  # the recipe's key
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,8 @@ def distil(target: PreTrainedModel, tokenizer: Any, settings: DistillationSettin
         )
     output.mkdir(parents=True, exist_ok=True)
     _check_recipe(output, _recipe(target, settings))
-    answered = {int(line["n"]) for line in read_lines(output / DIALOGUES)}
+    earlier = read_lines(output / DIALOGUES)
+    answered = {int(line["n"]) for line in earlier}
     progress, started = Progress(len(answered)), time.perf_counter()
     wanted = settings.dialogues - len(answered)
     if wanted <= 0:
@@ -168,7 +169,7 @@ def distil(target: PreTrainedModel, tokenizer: Any, settings: DistillationSettin
         feature_layers=settings.feature_layers,
     )
     features = FeatureFile(output / FEATURES, target, settings.feature_layers)
-    features.cut(sum(len(line["p"]) + len(line["r"]) for line in read_lines(output / DIALOGUES)))
+    features.cut(sum(len(line["p"]) + len(line["r"]) for line in earlier))
     with (output / DIALOGUES).open("a", encoding="utf-8") as file:
         for text in texts:
             line = {"n": numbers[text.number], "p": prompts.pop(text.number), "r": text.tokens}
@@ -236,7 +237,7 @@ def _recipe(target: PreTrainedModel, settings: DistillationSettings) -> dict[str
         "target": target.config._name_or_path or type(target).__name__,
         "target_fingerprint": fingerprint(target),
         "target_dtype": str(target.dtype).removeprefix("torch."),
-        _DIGEST: None if any(weight.is_meta for weight in target.parameters()) else target_digest(target),
+        DIGEST: None if any(weight.is_meta for weight in target.parameters()) else target_digest(target),
         # A benchmark's questions are not for passing on: their hash says which they were.
         "settings": asdict(settings) | {"excluded": _digest(settings.excluded)},
         "versions": {
@@ -254,14 +255,14 @@ def _check_recipe(output: Path, recipe: dict[str, Any]) -> None:
         try:
             held = json.loads(path.read_text(encoding="utf-8"))
             mine, theirs = _comparable(recipe), _comparable(held)
-            recipe_has, held_has = recipe.get(_DIGEST), held.get(_DIGEST)
+            recipe_has, held_has = recipe.get(DIGEST), held.get(DIGEST)
         except (ValueError, KeyError, TypeError) as error:
             raise DistillationError(f"{path} is no recipe of falcon-hf distill: {error}") from error
         different = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
         if recipe_has and held_has and recipe_has != held_has:
-            different.append(_DIGEST)
+            different.append(DIGEST)
         # Folders made before there was a digest stay without: nobody knows whose their first dialogues are.
-        recipe = {**recipe, _DIGEST: held_has}
+        recipe = {**recipe, DIGEST: held_has}
         if different:
             raise DistillationError(
                 f"{output} holds data made otherwise ({', '.join(different)} differ): choose another --output."

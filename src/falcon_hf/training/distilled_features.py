@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .dataset import TrainingData
-from .distillation import DIALOGUES, FEATURES, RECIPE
+from .distillation import DIALOGUES, DIGEST, FEATURES, RECIPE
 from .features import target_digest
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def find_distilled_features(
         return None
     text: Any = target.config.get_text_config()
     wanted = feature_layers or [int(text.num_hidden_layers)]
-    digest = recipe.get("target_digest")
+    digest = recipe.get(DIGEST)
     width = len(kept) * int(text.hidden_size)
     reasons = {
         f"they are of the layers {kept}": not set(wanted) <= set(kept),
