@@ -68,7 +68,10 @@ class FalconCandidateGenerator:
         self.lookup = drafter_lookup(drafter)
         if self.lookup is not None and not isinstance(self.shape, DynamicTree):
             if shape is None:
-                raise ValueError(LOOKUP_NEEDS_SCORES)
+                raise ValueError(
+                    "lookup joins its candidates into a dynamic tree by their scores: set the drafter config's tree to "
+                    "one, such as {'kind': 'dynamic', 'nodes': 24}, or set lookup=None."
+                )
             self.lookup = None  # a chain, for a target that verifies nothing else
         self._head = drafter.draft_head(head_weight(target)).to(drafter.device, drafter.dtype)
 
@@ -258,12 +261,6 @@ class _FilledShape:
         return tuple(positions), tuple(torch.tensor(nodes, dtype=torch.long, device=self._device) for nodes in children)
 
 
-LOOKUP_NEEDS_SCORES = (
-    "lookup joins its candidates into a dynamic tree by their scores: set the drafter config's tree to one, such as "
-    "{'kind': 'dynamic', 'nodes': 24}, or set lookup=None."
-)
-
-
 def drafter_lookup(drafter: FalconDrafter) -> SuffixLookup | None:
     """The second source of candidates that a drafter's config asks for, if any.
 
@@ -284,15 +281,3 @@ def drafter_tree(drafter: FalconDrafter) -> TreeShape | DynamicTree:
     if isinstance(tree, dict):
         return DynamicTree.from_config(tree, drafter.config.block_size)
     return TreeShape.paper(drafter.config.block_size) if tree is None else TreeShape.from_paths(tree)
-
-
-def tree_shape(drafter: FalconDrafter) -> TreeShape:
-    """The static tree a drafter's config asks for.
-
-    Raises:
-        ValueError: if the config's paths are not a tree, or it asks for a dynamic one.
-    """
-    tree = drafter_tree(drafter)
-    if isinstance(tree, DynamicTree):
-        raise ValueError("The drafter's tree is a dynamic one, which has no shape of its own; see drafter_tree.")
-    return tree
