@@ -205,15 +205,18 @@ def test_features_on_the_fly_are_the_cached_ones(tiny_target, tiny_drafter, tiny
     assert list(cached.values()) == pytest.approx(list(live.values()), rel=0.01)
 
 
-def test_cached_laws_are_the_same_curve(tiny_target, tiny_drafter, tiny_text, tmp_path):
+@pytest.mark.parametrize("layers", [None, [0, 1, 2]])
+def test_cached_laws_are_the_same_curve(tiny_target, tiny_drafter, tiny_text, tmp_path, layers):
     target = tiny_target(VOCAB)
-    cache = FeatureCache.build(tmp_path / "cache", target, tiny_text, cache_key(target, tiny_text, 512, None))
+    key = cache_key(target, tiny_text, 512, layers)
+    cache = FeatureCache.build(tmp_path / "cache", target, tiny_text, key, layers)
     laws = LawCache.build(cache, DraftHead(target.lm_head.weight.detach()))
     curves = []
     for of in (None, laws):
         data = DialogueDataset(tiny_text, cache, 0, of)
         given = {"vocabulary_weight": 1.0, "rollout_passes": 2, "rollout_start": 0.0}
-        trainer = FalconTrainer(fresh(tiny_drafter, target), arguments(tmp_path, **given), target, data)
+        drafter = fresh(tiny_drafter, target, feature_layers=layers)
+        trainer = FalconTrainer(drafter, arguments(tmp_path, **given), target, data)
         trainer.train()
         curves.append(list(losses(trainer).values()))
     assert curves[1] == pytest.approx(curves[0], rel=2e-3)

@@ -125,7 +125,8 @@ class LawCache:
                 block = features.shard(number)
                 parts = []
                 for piece in block.split(16 * CHUNK):
-                    parts.append(compute_laws(piece.to(head.weight.device), head))
+                    # Of several feature layers the last is what the head reads.
+                    parts.append(compute_laws(piece[:, -width:].to(head.weight.device), head))
                     done += len(piece)
                     if progress is not None:
                         progress(done, whole)
