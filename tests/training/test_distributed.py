@@ -40,6 +40,8 @@ if trainer.is_world_process_zero():
     weights = [float(weight.double().norm()) for weight in trainer.model.parameters()]
     print("RESULT" + json.dumps({"curve": curve, "weights": weights, "world": args.world_size,
                                  "metrics": {k: v for k, v in metrics.items() if isinstance(v, float)}}))
+if args.world_size > 1:
+    torch.distributed.destroy_process_group()  # as `falcon-hf train` does at its end
 """
 
 
