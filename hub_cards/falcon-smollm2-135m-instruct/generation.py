@@ -24,6 +24,7 @@ from .candidate_generator import FalconCandidateGenerator, drafter_tree
 from .committed_pairs import CommittedPairs
 from .draws import Draws
 from .emission import Emission
+from .half_precision import warn_if_slow
 from .outputs import StreamedRows, gather_output
 from .rejection import SiblingDraws
 from .speculation_switch import SpeculationSwitch
@@ -69,6 +70,7 @@ def validate(
     """
     drafter.config.check()  # users assign to it
     check_target(target, drafter.config)
+    warn_if_slow(target)
     if generation_config.num_beams > 1:
         raise ValueError(
             f"num_beams={generation_config.num_beams} does not go with a Falcon drafter (transformers would ignore the "

@@ -93,6 +93,8 @@ def test_provenance_line(result: dict[str, Any]) -> None:
     ):  # fmt: skip
         assert part in line
     assert "INCOMPLETE" not in line
+    result["settings"]["machine"]["cpu_capability"] = "AVX2"
+    assert "Some | CPU (AVX2), 2 threads" in render([result])
     result["complete"], result["settings"]["questions"]["count"] = False, 80
     assert "INCOMPLETE: 2 of 80 done" in render([result])
 

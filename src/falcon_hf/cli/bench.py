@@ -17,6 +17,8 @@ from ..bench.report import render
 from ..bench.result_file import read_result
 from ..bench.runs import RunPlan, run
 from .console import (
+    AUTO,
+    DTYPE_HELP,
     fail,
     parse_device,
     parse_dtype,
@@ -64,7 +66,7 @@ def bench(
             f"Names: {_METHOD_HELP}."
         ),
     ] = "plain,falcon",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = AUTO,
     attention: Annotated[str | None, typer.Option(help="sdpa or eager; the target's own by default.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; CUDA if there is one by default.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own by default.")] = None,
@@ -111,7 +113,8 @@ def bench(
         paths = None if tree is None else read_tree(tree)
         if output.exists():
             read_result(output)  # a file that is something else is refused before the target is loaded
-        parsed, where = parse_dtype(dtype), parse_device(device)
+        where = parse_device(device)
+        parsed = parse_dtype(dtype, where)
         source = _drafter(drafter, target, specs)
         set_threads(threads)
         with quiet():

@@ -21,10 +21,14 @@ from rich.markup import escape
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from ..runtime.half_precision import multiplies_fast
+
 stdout = Console(highlight=False)
 stderr = Console(stderr=True, highlight=False)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+AUTO = "auto"
+DTYPE_HELP = "float32, bfloat16, float16, or auto: bfloat16 where the device multiplies it fast, else float32."
 _LONGEST_LINE = 400
 
 
@@ -76,10 +80,16 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__
         warn(str(message))
 
 
-def parse_dtype(name: str) -> torch.dtype:
-    """``float32``, ``bfloat16`` or ``float16`` as a torch dtype; any other name ends the command."""
+def parse_dtype(name: str, device: torch.device | None = None, option: str = "--dtype") -> torch.dtype:
+    """A dtype by its name; for ``auto`` bfloat16 where ``device`` multiplies it fast, else float32.
+
+    Any other name ends the command. Without a device ``auto`` is no name.
+    """
+    if name == AUTO and device is not None:
+        return torch.bfloat16 if multiplies_fast(device, torch.bfloat16) else torch.float32
     if name not in DTYPES:
-        fail(f"--dtype must be one of {', '.join(DTYPES)}, got {name!r}.")
+        names = [AUTO] * (device is not None) + list(DTYPES)
+        fail(f"{option} must be one of {', '.join(names)}, got {name!r}.")
     return DTYPES[name]
 
 

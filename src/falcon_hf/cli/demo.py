@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ..metrics import difference_gap, first_difference
 from .answer import Answer, answer, encode
-from .console import fail, parse_dtype, print_json, quiet, set_threads, stderr, stdout
+from .console import AUTO, DTYPE_HELP, fail, parse_dtype, print_json, quiet, set_threads, stderr, stdout
 from .loading import DEMO, find_demo_drafter, load_drafter, load_target, require_repo
 from .wrapping import WordWrapper
 
@@ -25,7 +25,7 @@ _TIE_UNITS = 8.0
 def demo(
     prompt: Annotated[str, typer.Option(help="What to ask.")] = DEFAULT_PROMPT,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = AUTO,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's choice if not given.")] = None,
     drafter: Annotated[str | None, typer.Option(help="Another drafter: Hub repo or folder.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
@@ -36,7 +36,8 @@ def demo(
 
     Example: falcon-hf demo --prompt "Write a haiku about a falcon." --threads 2
     """
-    torch_dtype = parse_dtype(dtype)
+    torch_dtype = parse_dtype(dtype, torch.device("cpu"))
+    dtype = str(torch_dtype).removeprefix("torch.")
     if not prompt.strip():
         fail("The prompt is empty.")
     used_threads = set_threads(threads)

@@ -12,7 +12,18 @@ from ..bench.errors import BenchError
 from ..bench.question_sets import find_questions
 from ..training.distillation import DistillationSettings, distil, save_dataset
 from ..training.errors import DistillationError
-from .console import fail, parse_device, parse_dtype, parse_numbers, quiet, set_threads, stderr, stdout
+from .console import (
+    AUTO,
+    DTYPE_HELP,
+    fail,
+    parse_device,
+    parse_dtype,
+    parse_numbers,
+    quiet,
+    set_threads,
+    stderr,
+    stdout,
+)
 from .loading import DEMO, load_target
 
 
@@ -44,7 +55,7 @@ def distill(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of self-made turns and sampled answers.")] = 0,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = AUTO,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU if there is one.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own by default.")] = None,
 ) -> None:
@@ -73,7 +84,8 @@ def distill(
             feature_layers=None if feature_layers is None else parse_numbers(feature_layers, "--feature-layers"),
             seed=seed,
         )
-        parsed, where = parse_dtype(dtype), parse_device(device)
+        where = parse_device(device)
+        parsed = parse_dtype(dtype, where)
         set_threads(threads)
         with quiet():
             model, tokenizer = load_target(target, parsed, where)

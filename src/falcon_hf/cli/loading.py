@@ -16,7 +16,7 @@ from ..demo_target import load_demo_target
 from ..drafter_loading import DrafterError
 from ..drafter_loading import load_drafter as read_drafter
 from ..runtime.modeling_falcon_drafter import FalconDrafter
-from .console import fail
+from .console import AUTO, fail, parse_dtype
 
 DEMO = "demo"
 """As a target's name: the model of ``load_demo_target``."""
@@ -59,7 +59,7 @@ def load_target(
 
     Args:
         name: a Hub repo, a local folder, or ``demo``.
-        dtype: of the weights; the checkpoint's own by default (bfloat16 for ``demo``).
+        dtype: of the weights; the checkpoint's own by default (for ``demo`` bfloat16 where that is fast, else float32).
         device: where the target goes; the CPU by default.
 
     Returns:
@@ -67,7 +67,7 @@ def load_target(
     """
     try:
         if name == DEMO:
-            target, tokenizer = load_demo_target(dtype or torch.bfloat16)
+            target, tokenizer = load_demo_target(dtype or parse_dtype(AUTO, device or torch.device("cpu")))
         else:
             found = require_repo(name, "target")
             target = AutoModelForCausalLM.from_pretrained(found, dtype=dtype or "auto")

@@ -10,7 +10,18 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from .console import fail, parse_device, parse_dtype, parse_named_values, parse_numbers, quiet, set_threads, stderr
+from .console import (
+    AUTO,
+    DTYPE_HELP,
+    fail,
+    parse_device,
+    parse_dtype,
+    parse_named_values,
+    parse_numbers,
+    quiet,
+    set_threads,
+    stderr,
+)
 from .loading import DEMO, load_target
 from .training_progress import TrainingProgress, feature_bar
 
@@ -86,8 +97,10 @@ def train(
     log_every: Annotated[int, typer.Option(min=1, help="Steps between lines of progress.")] = 25,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")] = False,
     seed: Annotated[int, typer.Option(help="Of weights, order and draws.")] = 0,
-    dtype: Annotated[str, typer.Option(help="The target's, when features are computed.")] = "bfloat16",
-    compute: Annotated[str, typer.Option(help="The drafter's products in training: bfloat16 or float32.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help=f"The target's, when features are computed: {DTYPE_HELP}")] = AUTO,
+    compute: Annotated[
+        str, typer.Option(help="The drafter's products in training: float32, bfloat16, or auto.")
+    ] = AUTO,
     save_dtype: Annotated[str, typer.Option(help="Of the saved drafter.")] = "bfloat16",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; CUDA if there is one by default.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own by default.")] = None,
@@ -108,9 +121,10 @@ def train(
     except ImportError as error:
         fail(f"Training needs further packages ({error}): pip install 'falcon_hf[train]'.")
     started = time.monotonic()
-    where, target_dtype = _device(device), parse_dtype(dtype)
-    if compute not in ("bfloat16", "float32"):
-        fail(f"--compute must be bfloat16 or float32, got {compute!r}.")
+    where = _device(device)
+    target_dtype, compute_dtype = parse_dtype(dtype, where), parse_dtype(compute, where, "--compute")
+    if compute_dtype == torch.float16:
+        fail("--compute must be bfloat16 or float32; for float16 give --compute float32 --option fp16=true.")
     set_threads(threads)
     drafter_config = parse_named_values(config or [], "--config")
     if layers != 1:
@@ -139,7 +153,7 @@ def train(
         "save_steps": save_every,
         "save_total_limit": 2,
         "seed": seed,
-        "bf16": compute == "bfloat16",
+        "bf16": compute_dtype == torch.bfloat16,
         "use_cpu": where.type == "cpu",
         "report_to": report_to,
         "disable_tqdm": True,
@@ -185,6 +199,9 @@ def train(
     except KeyboardInterrupt:
         stderr.print(f"Stopped. Checkpoints are in {output / 'checkpoints'}; the same command with --resume goes on.")
         raise typer.Exit(130) from None
+    # A process that ends with gloo's threads still running may abort, and torchrun calls that a failed training.
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     stderr.print(f"{(time.monotonic() - started) / 60:.1f} minutes in all")
 
 

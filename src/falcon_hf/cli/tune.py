@@ -22,6 +22,8 @@ from ..tuning.choice import Prediction, choose
 from ..tuning.drafter_tree import write_drafter_tree
 from ..tuning.errors import TuningError
 from .console import (
+    AUTO,
+    DTYPE_HELP,
     fail,
     parse_device,
     parse_dtype,
@@ -91,7 +93,7 @@ def tune(
         ),
     ] = False,
     pictures: Annotated[Path | None, typer.Option(help="Folder for pictures: the best tree, the sweep, plans.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = AUTO,
     attention: Annotated[str | None, typer.Option(help="sdpa or eager; the target's own by default.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; CUDA if there is one by default.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own by default.")] = None,
@@ -130,7 +132,7 @@ def tune(
             curves(
                 shape,
                 where,
-                parse_dtype(dtype),
+                parse_dtype(dtype, where),
                 tuple(parse_numbers(contexts, "--contexts")),
                 max_passes,
                 repeats,
@@ -146,7 +148,8 @@ def tune(
             contexts=tuple(parse_numbers(contexts, "--contexts")),
             repeats=repeats,
         )
-        parsed, where = parse_dtype(dtype), parse_device(device)
+        where = parse_device(device)
+        parsed = parse_dtype(dtype, where)
         sources = drafter or ([find_demo_drafter()] if target == DEMO else [])
         if not sources:
             raise TuningError("Name the target's drafter: --drafter FOLDER_OR_REPO.")

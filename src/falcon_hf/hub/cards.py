@@ -17,6 +17,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..bench.provenance import processor
 from ..runtime.configuration_falcon_drafter import FalconDrafterConfig
 from ..runtime.repo_card import USE, card_fields, describe
 from .errors import HubError
@@ -167,7 +168,7 @@ def _evaluations(result: dict[str, Any]) -> list[EvalResult]:
     how = {
         "dtype": settings["target"]["dtype"],
         "options": settings["options"],
-        "hardware": f"{settings['machine']['cpu']}, {settings['machine']['threads']} threads, "
+        "hardware": f"{processor(settings['machine'])}, {settings['machine']['threads']} threads, "
         f"{settings['machine']['device']}",
     }
     found = []
@@ -286,7 +287,9 @@ def _limits(source: CardSource) -> str:
 
 def _impact(recipe: dict[str, Any]) -> str:
     machine = recipe.get("machine", {})
-    hardware = machine.get("cpu") if isinstance(machine, dict) else machine
+    hardware = machine
+    if isinstance(machine, dict):
+        hardware = processor(machine) if "cpu" in machine else None
     where = machine.get("device") if isinstance(machine, dict) else None
     seconds = recipe.get("run", {}).get("seconds")
     used = recipe.get("card", {}).get("impact") or (

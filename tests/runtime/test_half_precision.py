@@ -1,0 +1,76 @@
+"""Where half precision has kernels, and the warning where it has none."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+
+from falcon_hf.runtime import half_precision
+from falcon_hf.runtime.half_precision import multiplies_fast
+
+CPU = torch.device("cpu")
+PROMPT = torch.tensor([[3, 1, 4, 1, 5]])
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """``kernels(True)``: a CPU with kernels for bfloat16; ``kernels(False)``: one without."""
+
+    def has(answer: bool) -> None:
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: answer, raising=False)
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+
+    half_precision._warn_once.cache_clear()
+    return has
+
+
+def test_a_cpu_says_whether_it_has_kernels(kernels):
+    kernels(True)
+    assert multiplies_fast(CPU, torch.bfloat16)
+    kernels(False)
+    assert not multiplies_fast(CPU, torch.bfloat16)
+    assert multiplies_fast(CPU, torch.float32)
+
+
+def test_a_cpu_without_one_dnn_has_none(kernels, monkeypatch):
+    kernels(True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not multiplies_fast(CPU, torch.bfloat16)
+
+
+def test_float16_is_asked_about_by_itself(kernels, monkeypatch):
+    kernels(True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False, raising=False)
+    assert not multiplies_fast(CPU, torch.float16)
+
+
+def test_a_gpu_that_emulates_bfloat16_does_not_count(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert not multiplies_fast(torch.device("cuda"), torch.bfloat16)
+    assert multiplies_fast(torch.device("cuda"), torch.float16)
+
+
+def test_a_slow_target_is_told_once(kernels, caplog, tiny_target, tiny_drafter):
+    kernels(False)
+    target = copy.deepcopy(tiny_target(24)).to(torch.bfloat16)
+    drafter = tiny_drafter(target, 2, "linear").to(torch.bfloat16)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            target.generate(PROMPT, assistant_model=drafter, max_new_tokens=3, do_sample=False)
+    told = [record.getMessage() for record in caplog.records if "no kernels" in record.getMessage()]
+    assert len(told) == 1
+    assert "torch.float32" in told[0]
+    assert "auto_off" in told[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fast_target_is_told_nothing(kernels, caplog, tiny_target, tiny_drafter, dtype):
+    kernels(True)
+    target = copy.deepcopy(tiny_target(24)).to(dtype)
+    drafter = tiny_drafter(target, 2, "linear").to(dtype)
+    with caplog.at_level(logging.WARNING):
+        target.generate(PROMPT, assistant_model=drafter, max_new_tokens=3, do_sample=False)
+    assert "no kernels" not in caplog.text
