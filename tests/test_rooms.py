@@ -12,13 +12,14 @@ import falcon_hf
 
 ROOT = Path(falcon_hf.__file__).parent
 # Single files that every room may use.
-SHARED = {"measured_calls", "metrics", "drafter_loading", "demo_target", "tree_files", "version"}
+SHARED = {"measured_calls", "metrics", "drafter_loading", "demo_target", "tree_files", "version", "processor_name"}
 MAY_IMPORT = {
     "runtime": set[str](),
     "measured_calls": set[str](),
     "metrics": set[str](),
     "demo_target": set[str](),
     "version": set[str](),
+    "processor_name": set[str](),
     "drafter_checks": {"runtime"},
     "drafter_loading": {"runtime", "drafter_checks"},
     "tree_files": {"runtime"},

@@ -125,9 +125,11 @@ def test_the_default_device_is_cuda_where_there_is_one(
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("falcon_hf.cli.bench.load_target", load)
     monkeypatch.setattr("falcon_hf.cli.tune.load_target", load)
-    assert_one_line(command(methods="plain", output="other.json"), "far enough")
+    assert_one_line(command(methods="plain", output="other.json", dtype="float32"), "far enough")
     questions = str(tmp_path / "none.jsonl")
-    tuned = CliRunner().invoke(app, ["tune", "--prompts", questions, "--output", "t.json", "--drafter", "any"])
+    tuned = CliRunner().invoke(
+        app, ["tune", "--prompts", questions, "--output", "t.json", "--drafter", "any", "--dtype", "float32"]
+    )
     assert_one_line(tuned, "far enough")
     assert [device.type for device in asked] == ["cuda", "cuda"]
 

@@ -77,7 +77,7 @@ def write_gguf(path: Any, model: Any) -> None:
         values = weight.float().numpy()
         quantised = gguf.GGMLQuantizationType.Q8_0 if values.ndim == 2 else gguf.GGMLQuantizationType.F32
         values = gguf.quants.quantize(values, quantised)
-        writer.add_tensor(names.get_name(name, (".weight",)) + ".weight", values, raw_dtype=quantised)
+        writer.add_tensor(names.get_name(name, (".weight",)), values, raw_dtype=quantised)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -88,6 +88,10 @@ def test_a_gguf_target(tiny_target, tiny_drafter, tmp_path):
     write_gguf(tmp_path / "tiny.gguf", tiny_target(VOCAB))
     target = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32).eval()
     assert target.config.num_hidden_layers == 2
+    # That the file was read: names that match nothing are random weights and a warning.
+    for name in ("model.embed_tokens", "model.layers.1.mlp.down_proj", "lm_head"):
+        read, written = (model.get_submodule(name).weight for model in (target, tiny_target(VOCAB)))
+        assert torch.allclose(read, written, atol=float(written.abs().max()) / 127)
     target.generation_config.eos_token_id = target.generation_config.bos_token_id = None
     target.generation_config.pad_token_id = 0
     assert_served(target, tiny_drafter(target, tree=TREE))

@@ -42,12 +42,6 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def processor(machine: dict[str, Any]) -> str:
-    """Name of a noted machine's CPU and, where noted, the widest instructions that torch uses there."""
-    capability = machine.get("cpu_capability")
-    return machine["cpu"] + (f" ({capability})" if capability else "")
-
-
 def session() -> dict[str, Any]:
     """When, with which command and from which commit; a run that is cut off has several sessions."""
     return {

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..processor_name import processor_name
 from . import tables
 from .errors import BenchError
-from .provenance import processor
 from .tables import Result
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -91,7 +91,7 @@ def describe(result: Result) -> str:
     ]
     parts = [
         f"{target['name']}, {target['dtype']}, {target['attention']} attention",
-        f"{where}{processor(machine)}, {_counted(machine['threads'], 'thread')}",
+        f"{where}{processor_name(machine)}, {_counted(machine['threads'], 'thread')}",
         f"{_turns(questions['turns'])} of {questions['count']} questions of {questions['file']} "
         f"(sha256 {questions['sha256'][:12]}), "
         f"{settings['options'].get('max_new_tokens', 'default')} new tokens at most, "

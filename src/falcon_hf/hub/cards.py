@@ -17,7 +17,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..bench.provenance import processor
+from ..processor_name import processor_name
 from ..runtime.configuration_falcon_drafter import FalconDrafterConfig
 from ..runtime.repo_card import USE, card_fields, describe
 from .errors import HubError
@@ -168,7 +168,7 @@ def _evaluations(result: dict[str, Any]) -> list[EvalResult]:
     how = {
         "dtype": settings["target"]["dtype"],
         "options": settings["options"],
-        "hardware": f"{processor(settings['machine'])}, {settings['machine']['threads']} threads, "
+        "hardware": f"{processor_name(settings['machine'])}, {settings['machine']['threads']} threads, "
         f"{settings['machine']['device']}",
     }
     found = []
@@ -289,7 +289,7 @@ def _impact(recipe: dict[str, Any]) -> str:
     machine = recipe.get("machine", {})
     hardware = machine
     if isinstance(machine, dict):
-        hardware = processor(machine) if "cpu" in machine else None
+        hardware = processor_name(machine) if "cpu" in machine else None
     where = machine.get("device") if isinstance(machine, dict) else None
     seconds = recipe.get("run", {}).get("seconds")
     used = recipe.get("card", {}).get("impact") or (
