@@ -34,6 +34,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, Lla
 from .block_mixing import BlockMixing
 from .configuration_falcon_drafter import FalconDrafterConfig
 from .drafter_cache import DrafterCache
+from .few_rows import few_row_linear
 from .repo_files import check_stamp, code_stamp, write_repo_files
 from .repo_upload import UPLOAD_OPTIONS, upload_repo
 from .rollout import RolloutKeys, own_pairs, relaxed_causal_mask, rollout_mask
@@ -470,7 +471,7 @@ class FalconDrafter(PreTrainedModel):
 
     def logits(self, features: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         """``[..., H]`` features -> ``[..., draft vocabulary]`` through the target's head rows (see [`draft_head`])."""
-        logits = F.linear(features, head) * self.config.logit_scale
+        logits = few_row_linear(features, head) * self.config.logit_scale
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -1,0 +1,175 @@
+"""Products with few rows: right for every number of rows, and only where and while they are wanted."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from falcon_hf.runtime import few_rows
+from falcon_hf.runtime.few_rows import FewRowProducts, few_row_linear
+
+PROMPT = torch.tensor([[3, 1, 4, 1, 5]])
+
+
+def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def no_half_kernels(monkeypatch):
+    monkeypatch.setattr(few_rows, "multiplies_fast", lambda device, dtype: dtype == torch.float32)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The number of rows of each product that this module made."""
+    rows: list[int] = []
+    own = few_rows._turned
+
+    def noting(x, weight):
+        rows.append(x.shape[0])
+        return own(x, weight)
+
+    monkeypatch.setattr(few_rows, "_turned", noting)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    return rows
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", range(1, 36))
+def test_products_are_those_of_linear(calls, rows, bias):
+    x, weight, added = drawn(rows, 24), drawn(40, 24, seed=1), drawn(40, seed=2) if bias else None
+    y = few_row_linear(x, weight, added)
+    exact = F.linear(x.double(), weight.double(), None if added is None else added.double())
+    assert calls == ([rows] if 2 <= rows <= 32 else [])
+    assert y.shape == (rows, 40)
+    assert y.is_contiguous()
+    assert torch.allclose(y.double(), exact, atol=1e-5)
+    assert not torch.allclose(few_row_linear(x.flip(1), weight, added).double(), exact, atol=1e-5)  # the control
+
+
+def test_leading_dimensions_stay(calls):
+    x, weight = drawn(2, 3, 8), drawn(5, 8, seed=1)
+    assert torch.allclose(few_row_linear(x, weight), F.linear(x, weight), atol=1e-5)
+    assert calls == [6]
+
+
+def test_widened_products_are_rounded_once(no_half_kernels):
+    x, weight = drawn(7, 24).bfloat16(), drawn(40, 24, seed=1).bfloat16()
+    y = few_row_linear(x, weight)
+    assert y.dtype == torch.bfloat16
+    exact = F.linear(x.double(), weight.double())
+    nearest = exact.to(torch.bfloat16)
+    assert (y == nearest).float().mean() > 0.98  # the others lie in the middle between two numbers
+    assert ((y.double() - exact).abs() <= exact.abs() * 2**-8).all()
+    twice = sum(F.linear(x[:, part], weight[:, part]) for part in (slice(12), slice(12, 24)))
+    assert (twice == nearest).float().mean() < 0.9  # the control: sums in half precision
+
+
+def test_a_widened_weight_is_widened_in_slices(no_half_kernels, monkeypatch):
+    x, weight = drawn(6, 24).bfloat16(), drawn(41, 24, seed=1).bfloat16()
+    whole = few_row_linear(x, weight)
+    monkeypatch.setattr(few_rows, "_SLICE_BYTES", 4 * 24 * 10)  # ten rows: five slices, the last of one
+    assert torch.equal(few_row_linear(x, weight), whole)
+
+
+def test_few_rows_of_half_precision_and_other_dtypes_stay_torchs(no_half_kernels, calls):
+    weight = drawn(40, 24).bfloat16()
+    for x in (drawn(4, 24).bfloat16(), drawn(33, 24).bfloat16()):
+        assert torch.equal(few_row_linear(x, weight), F.linear(x, weight))
+    wide = drawn(4, 24).double()
+    assert torch.equal(few_row_linear(wide, weight.double()), F.linear(wide, weight.double()))
+    assert calls == []
+
+
+def test_gradients_pass(calls):
+    x, weight = drawn(4, 8).requires_grad_(), drawn(5, 8, seed=1).requires_grad_()
+    few_row_linear(x, weight).square().sum().backward()
+    mine = x.grad.clone(), weight.grad.clone()
+    x.grad = weight.grad = None
+    F.linear(x, weight).square().sum().backward()
+    assert calls == [4]
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(mine, (x.grad, weight.grad), strict=True))
+
+
+class Model(nn.Module):
+    """Two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 6), nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x))
+
+
+def test_a_model_is_as_it_was_after_and_after_an_error(calls):
+    model, x = Model(), drawn(4, 8)
+    before = model(x)
+    few = FewRowProducts(model)
+    assert calls == []
+    with few:
+        inside = model(x)
+    assert calls == [4, 4]
+    assert torch.allclose(inside, before, atol=1e-5)
+    with pytest.raises(RuntimeError), few:
+        model(drawn(4, 9))
+    calls.clear()
+    assert torch.equal(model(x), before)
+    assert calls == []
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_layers_with_a_forward_of_their_own_keep_it(calls):
+    model = Model()
+    own = model.first.forward
+    model.first.forward = lambda x: own(x) + 1
+    wanted = model(drawn(4, 8))
+    with FewRowProducts(model):
+        assert torch.allclose(model(drawn(4, 8)), wanted, atol=1e-5)
+    assert calls == [4]  # the second's alone
+    assert torch.equal(model(drawn(4, 8)), wanted)
+
+
+@pytest.mark.parametrize("how", ["module.compile()", "forward"])
+def test_a_compiled_model_keeps_its_graph(calls, how):
+    model = Model()
+    if how == "forward":
+        model.forward = torch.compile(model.forward, backend="eager")
+    else:
+        model.compile(backend="eager")
+    with FewRowProducts(model):
+        model(drawn(4, 8))
+    assert calls == []
+
+
+def test_generation_verifies_and_drafts_with_them_but_prefills_as_generate_does(calls, tiny_target, tiny_drafter):
+    target = copy.deepcopy(tiny_target(24))
+    drafter = tiny_drafter(target, 2, "linear")
+    plain = target.generate(PROMPT, max_new_tokens=12, do_sample=False)
+    target.generate(PROMPT, assistant_model=drafter, max_new_tokens=1, do_sample=False)
+    prefilled = len(calls)
+    out = target.generate(PROMPT, assistant_model=drafter, max_new_tokens=12, do_sample=False)
+    assert torch.equal(out, plain)
+    assert len(calls) - prefilled > 12 * target.config.num_hidden_layers
+    assert all("forward" not in vars(module) for module in [*target.modules(), *drafter.modules()])
+
+
+def test_what_generate_compiles_keeps_the_compilers_products(calls, tiny_target, tiny_drafter, monkeypatch):
+    target = copy.deepcopy(tiny_target(24))
+    drafter = tiny_drafter(target, 2, "linear")
+    monkeypatch.setattr(FewRowProducts, "__enter__", lambda self: entered.append(self.model))
+    entered: list[nn.Module] = []
+    for compiles in (False, True):
+        entered.clear()
+        monkeypatch.setattr(target, "_valid_auto_compile_criteria", lambda *_, compiles=compiles: compiles)
+        monkeypatch.setattr(target, "get_compiled_call", lambda config: target)
+        target.generate(
+            PROMPT, assistant_model=drafter, max_new_tokens=6, do_sample=False, cache_implementation="static"
+        )
+        assert any(model is drafter for model in entered)
+        assert any(model is target for model in entered) is not compiles
