@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
 
-from falcon_hf.training.dataset import load_training_data, split
+from falcon_hf.training.dataset import joined, load_training_data, split
 from falcon_hf.training.draft_vocabulary import choose_draft_vocabulary, coverage
 from falcon_hf.training.errors import TrainingError
 
@@ -132,6 +132,14 @@ def test_truncated_files(tmp_path):
     (shard,) = (tmp_path / "data").glob("*.arrow")
     shard.write_bytes(shard.read_bytes()[:200])
     refused(tmp_path / "data", "truncated")
+
+
+def test_joined_texts_keep_their_order(tmp_path):
+    paths = [write_lines(tmp_path / f"{name}.jsonl", rows) for name, rows in (("a", ROWS[1:]), ("b", ROWS[:1]))]
+    texts = [load_training_data(path, 10, 100) for path in paths]
+    assert rows_of(joined(texts)) == [*ROWS[1:], *ROWS[:1]]
+    assert rows_of(split(joined(texts), 1)[1]) == ROWS[:1]
+    assert joined(texts[:1]).sha256() == texts[0].sha256() != joined(texts[::-1]).sha256()
 
 
 def test_split_holds_the_last_out(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 
@@ -13,11 +12,10 @@ from falcon_hf import FalconDrafter
 from falcon_hf.runtime.target import fingerprint
 from falcon_hf.training import pipeline
 from falcon_hf.training.arguments import FalconTrainingArguments
-from falcon_hf.training.dataset import load_training_data
-from falcon_hf.training.distillation import save_dataset
 from falcon_hf.training.errors import TrainingError
-from falcon_hf.training.features import FeatureCache, cache_key, compute_features, target_digest
-from falcon_hf.training.pipeline import TrainingPlan, default_learning_rate, make_drafter, train_drafter
+from falcon_hf.training.new_drafter import make_drafter
+from falcon_hf.training.pipeline import default_learning_rate, train_drafter
+from falcon_hf.training.plan import TrainingPlan
 
 from ..runtime.helpers import assert_same_text, prompt_ids
 from .conftest import VOCAB
@@ -55,7 +53,7 @@ def arguments(folder, **given):
 
 def plan_of(text_file, folder, **given):
     settings = {"held_out": 6, "cache": folder / "cache", "save_dtype": "float32", "tree": [[0], [1], [0, 0]]}
-    return TrainingPlan(text_file, folder / "drafter", **settings | given)
+    return TrainingPlan([text_file], folder / "drafter", **settings | given)
 
 
 def train(text_file, target, folder, resume=False, given=None, **plan):
@@ -72,7 +70,7 @@ def test_a_folder_that_generate_takes_and_a_recipe(tiny_target, text_file, tmp_p
     assert drafter.config.embedding_scale != 1.0
     assert len(drafter.draft_vocab_ids) == 20
     recipe = json.loads((tmp_path / "drafter" / "recipe.json").read_text())
-    assert recipe["data"]["recipe"] == {"temperature": 0}
+    assert [text["recipe"] for text in recipe["data"]["texts"]] == [{"temperature": 0}]
     assert recipe["data"]["dialogues"] == 34
     assert len(recipe["data"]["sha256"]) == 64
     assert recipe["plan"]["block_size"] == 2
@@ -223,58 +221,12 @@ def test_a_drafter_that_goes_on_keeps_its_shape(text_file, tmp_path, given, word
     plan_of(text_file, tmp_path, **given)  # the control
 
 
-def test_features_go_to_disk_only_if_half_of_it_is_free(tiny_target, text_file, tmp_path, monkeypatch):
-    target, said = tiny_target(VOCAB), []
-    for fits in (False, True):
-        monkeypatch.setattr(pipeline, "cache_fits", lambda folder, size, fits=fits: fits)
-        folder = tmp_path / str(fits)
-        plan = plan_of(text_file, folder)
-        train_drafter(plan, arguments(folder, max_steps=1, eval_strategy="no"), target, report=said.append)
-        assert (folder / "cache" / "index.json").is_file() == fits
-    assert sum("on the fly" in line for line in said) == 1
-
-
 def test_a_system_without_the_resource_module(monkeypatch):
     """Windows: neither the import of the module nor the measurement fails."""
     assert pipeline.peak_memory() > 1e7
     monkeypatch.setitem(sys.modules, "resource", None)
     assert not hasattr(pipeline, "resource")
     assert pipeline.peak_memory() is None
-
-
-def test_a_cache_that_broke_off_goes_on_with_distilled_features(tiny_target, tiny_text, text_file, tmp_path):
-    """No forward of the target is done for what came with the text."""
-    target = copy.deepcopy(tiny_target(VOCAB))
-    folder, said = tmp_path / "distilled", []
-    folder.mkdir()
-    lines = [json.loads(line) for line in text_file.read_text().splitlines()]
-    states = []
-    with (folder / "dialogues.jsonl").open("w") as file:
-        for number, line in enumerate(lines):
-            learned = line["loss_mask"].index(1)
-            row = {"n": number, "p": line["input_ids"][:learned], "r": line["input_ids"][learned:]}
-            file.write(json.dumps(row) + "\n")
-            ids = torch.tensor([line["input_ids"]])
-            states.append(compute_features(target, ids, torch.ones_like(ids))[0].bfloat16())
-    with (folder / "features.bfloat16").open("wb") as file:
-        file.write(torch.cat(states).view(torch.int16).numpy().tobytes())
-    settings = {"settings": {"feature_layers": [2]}, "target_digest": target_digest(target)}
-    (folder / "recipe.json").write_text(json.dumps(settings))
-    save_dataset(folder)
-    data = load_training_data(folder, VOCAB, 512)
-    key, cache = cache_key(target, data, 512, None), tmp_path / "cache"
-    FeatureCache.build(cache, target, data, key, shard_bytes=64 * 2 * 150)
-    index = json.loads((cache / "index.json").read_text())
-    (cache / "index.json").write_text(json.dumps({**index, "complete": False}))
-    (cache / index["shards"][-1]["file"]).unlink()
-    target.forward = lambda *_, **__: pytest.fail("the target was asked")
-    plan = plan_of(folder, tmp_path)
-    features = pipeline._features(plan, target, data, None, said.append, None)
-    assert any("came with the text" in line for line in said)
-    assert torch.equal(features.rows(len(data) - 1), states[-1])
-    said.clear()
-    pipeline._features(plan, target, data, None, said.append, None)  # the control: nothing is lacking
-    assert not any("came with the text" in line for line in said)
 
 
 def test_default_learning_rate_meets_both_known_points():

@@ -33,8 +33,10 @@ _OPTION_HELP = (
 
 def train(
     data: Annotated[
-        Path,
-        typer.Option(help="Folder of `falcon-hf distill` (or Dataset.save_to_disk), or a .jsonl or .jsonl.gz file."),
+        list[Path],
+        typer.Option(
+            help="Folder of `falcon-hf distill` (or Dataset.save_to_disk), or a .jsonl or .jsonl.gz file; repeatable."
+        ),
     ],
     output: Annotated[
         Path, typer.Option(help="Folder for the drafter; checkpoints go into its subfolder checkpoints.")
@@ -62,7 +64,7 @@ def train(
     target_layers: Annotated[
         bool, typer.Option("--target-layers", help="Start the decoder layers as the target's last ones.")
     ] = False,
-    held_out: Annotated[int, typer.Option(min=0, help="Dialogues at the data's end to evaluate on.")] = 100,
+    held_out: Annotated[int, typer.Option(min=0, help="Dialogues at the last text's end to evaluate on.")] = 100,
     max_length: Annotated[int, typer.Option(min=8, help="Tokens kept of a dialogue.")] = 512,
     features: Annotated[
         str, typer.Option(help="cached, live, or auto: cached if that takes half of the free disk at most.")
@@ -117,7 +119,8 @@ def train(
     try:
         from ..training.arguments import FalconTrainingArguments
         from ..training.errors import TrainingError
-        from ..training.pipeline import TrainingPlan, default_learning_rate, train_drafter
+        from ..training.pipeline import default_learning_rate, train_drafter
+        from ..training.plan import TrainingPlan
     except ImportError as error:
         fail(f"Training needs further packages ({error}): pip install 'falcon_hf[train]'.")
     started = time.monotonic()

@@ -100,6 +100,16 @@ def load_training_data(path: str | Path, vocab_size: int, max_length: int) -> Tr
     return _usable(TrainingData(tokens, mask, offsets, str(path)), max_length)
 
 
+def joined(texts: list[TrainingData]) -> TrainingData:
+    """All dialogues of at least one text, in their order."""
+    return TrainingData(
+        np.concatenate([text.tokens for text in texts]),
+        np.concatenate([text.loss_mask for text in texts]),
+        np.concatenate(([0], np.cumsum(np.concatenate([text.lengths for text in texts])))).astype(np.int64),
+        ", ".join(text.source for text in texts),
+    )
+
+
 def split(data: TrainingData, held_out: int) -> tuple[TrainingData, TrainingData]:
     """Training and held-out dialogues: the last ``held_out`` ones, so that more data in front changes neither.
 

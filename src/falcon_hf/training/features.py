@@ -165,7 +165,7 @@ class FeatureCache:
         feature_layers: list[int] | None = None,
         progress: Progress | None = None,
         shard_bytes: int = _SHARD_BYTES,
-        ready: Callable[[int], torch.Tensor] | None = None,
+        ready: Callable[[int], torch.Tensor | None] | None = None,
     ) -> FeatureCache:
         """Compute what the cache lacks, shard by shard, and open it.
 
@@ -177,7 +177,8 @@ class FeatureCache:
             feature_layers: hidden states side by side, or None for the last.
             progress: called after every batch.
             shard_bytes: about how much a shard holds.
-            ready: ``ready(dialogue)`` gives features ``[n, W]`` that are there already; else the target computes them.
+            ready: ``ready(dialogue)`` gives features ``[n, W]`` that are there already, or None: the target computes
+                the shards that lack any.
 
         Raises:
             TrainingError: a cache of other text or of another target is there, or the disk has no room; what had been
@@ -210,10 +211,9 @@ class FeatureCache:
             _write_index(folder, {**index, "complete": not missing})
             for shard in missing:
                 rows = range(shard["first_dialogue"], shard["end_dialogue"])
-                if ready is None:
+                block = _ready_shard(rows, ready)
+                if block is None:
                     block = _compute_shard(target, data, rows, width, feature_layers, progress, done)
-                else:
-                    block = torch.cat([ready(row) for row in rows])
                 _write_shard(folder, shard["file"], block)
                 done += shard["tokens"]
             _write_index(folder, {**index, "complete": True})
@@ -279,6 +279,17 @@ def _plan(data: TrainingData, width: int, shard_bytes: int) -> list[dict[str, An
         shards.append({"file": name, **entry})
         first = end
     return shards
+
+
+def _ready_shard(rows: range, ready: Callable[[int], torch.Tensor | None] | None) -> torch.Tensor | None:
+    """``[tokens, W]`` of the dialogues ``rows`` if all of them are ready."""
+    blocks: list[torch.Tensor] = []
+    for row in rows:
+        block = None if ready is None else ready(row)
+        if block is None:
+            return None
+        blocks.append(block)
+    return torch.cat(blocks)
 
 
 def _compute_shard(

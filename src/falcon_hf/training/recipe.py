@@ -49,12 +49,19 @@ def make_recipe(
             "fingerprint": fingerprint(target),
         },
         "data": data,
-        "plan": {name: str(value) if isinstance(value, Path) else value for name, value in plan.items()},
+        "plan": {name: _without_paths(value) for name, value in plan.items()},
         "arguments": changed_arguments(args),
         "run": run,
         "curve": history,
         **provenance,
     }
+
+
+def _without_paths(value: Any) -> Any:
+    """The value as JSON takes it: paths as text, also in lists."""
+    if isinstance(value, list):
+        return [_without_paths(part) for part in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def changed_arguments(args: TrainingArguments) -> dict[str, Any]:

@@ -1,0 +1,57 @@
+"""Checkpoints to go on from, and the note beside them that says what is being trained on what."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..runtime.modeling_falcon_drafter import FalconDrafter
+from .errors import TrainingError
+
+# Fields of the drafter's config that training does not look at, so that a resume may change them.
+_FREE_FIELDS = frozenset(
+    {"tree", "lookup", "verifier", "auto_off", "code_stamp", "format_version", "target_name_or_path", "_name_or_path"}
+    | {"architectures", "auto_map", "dtype", "transformers_version"}
+)
+
+
+def last_checkpoint(folder: Path, resume: bool) -> str | None:
+    """The newest whole checkpoint, to go on from; one whose saving broke off lacks what is written last.
+
+    Raises:
+        TrainingError: one is there and nobody said whether to go on, or none is.
+    """
+    steps = {path: path.name.rpartition("-")[2] for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    whole = [path for path, step in steps.items() if step.isdigit() and (path / TRAINER_STATE_NAME).is_file()]
+    found = str(max(whole, key=lambda path: int(steps[path]))) if whole else None
+    if resume and found is None:
+        raise TrainingError(f"There is no checkpoint in {folder} to resume from.")
+    if found is not None and not resume:
+        raise TrainingError(f"{found} is of an earlier training: resume it, or name another output folder.")
+    return found
+
+
+def check_resume(folder: Path, checkpoint: str | None, drafter: FalconDrafter, data: str, lora_rank: int) -> None:
+    """Note what is trained on what; on a resume, see that it is the same.
+
+    Raises:
+        TrainingError: another drafter or other text than the checkpoint's.
+    """
+    note = folder / "training.json"
+    shape = {name: value for name, value in drafter.config.to_dict().items() if name not in _FREE_FIELDS}
+    now = json.loads(json.dumps({"data": data, "lora_rank": lora_rank, **shape}))
+    if checkpoint is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(now), encoding="utf-8")
+        return
+    before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else now
+    # A field that is not noted there did not exist, or was not noted, when that training began.
+    changed = [name for name in now if name in before and before[name] != now[name]]
+    if changed:
+        raise TrainingError(
+            f"The checkpoint in {folder} is of another training: {', '.join(changed)} changed. Resume with the same "
+            "data and options, or name another output folder."
+        )
