@@ -10,7 +10,7 @@ import torch
 from falcon_hf import FalconCandidateGenerator
 from falcon_hf.runtime.configuration_falcon_drafter import FUSIONS
 from falcon_hf.runtime.drafter_context import DrafterContext
-from falcon_hf.runtime.modeling_falcon_drafter import FalconFusion
+from falcon_hf.runtime.fusion import FalconFusion
 
 from .test_candidate_generator import VOCAB, committed, deep_tree, recorded_draft
 

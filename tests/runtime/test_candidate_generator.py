@@ -11,7 +11,7 @@ import torch
 
 from falcon_hf import FalconCandidateGenerator, TreeShape
 from falcon_hf.runtime.configuration_falcon_drafter import FUSIONS
-from falcon_hf.runtime.modeling_falcon_drafter import FalconFusion
+from falcon_hf.runtime.fusion import FalconFusion
 from falcon_hf.runtime.target import head_weight, input_embeddings
 from falcon_hf.runtime.tree_shape import chain
 

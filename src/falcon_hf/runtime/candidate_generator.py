@@ -31,7 +31,8 @@ from .tree_shape import DraftPass, TreeShape
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .modeling_falcon_drafter import FalconDrafter, FusionState
+    from .fusion import FusionState
+    from .modeling_falcon_drafter import FalconDrafter
 
 
 class FalconCandidateGenerator:
