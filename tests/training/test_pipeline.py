@@ -229,6 +229,16 @@ def test_a_system_without_the_resource_module(monkeypatch):
     assert pipeline.peak_memory() is None
 
 
+def test_independent_heads_are_trained_and_roll_out(tiny_target, text_file, tmp_path):
+    """The baseline without dependence is one more drafter: same text, trainer and passes."""
+    config = {"attention": False, "block_mixing": True}
+    train(text_file, tiny_target(VOCAB), tmp_path, config=config, given={"rollout_start": 0.0, "rollout_passes": 2})
+    drafter = FalconDrafter.from_pretrained(tmp_path / "drafter")
+    assert_same_text(tiny_target(VOCAB), drafter, prompt_ids(VOCAB, 5), max_new_tokens=12)
+    curve = json.loads((tmp_path / "drafter" / "recipe.json").read_text())["curve"]
+    assert all(entry["loss"] > 0 for entry in curve if "loss" in entry)
+
+
 def test_default_learning_rate_meets_both_known_points():
     assert default_learning_rate(576) == pytest.approx(1e-3)
     assert default_learning_rate(64) == pytest.approx(1e-3)

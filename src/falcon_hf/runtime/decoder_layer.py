@@ -69,7 +69,7 @@ class FalconDecoderLayer(nn.Module):
         self.input_norm = (
             LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps) if config.input_norm else nn.Identity()
         )
-        self.attention = FalconAttention(config)
+        self.attention = FalconAttention(config) if config.attention else None
         self.mlp_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = LlamaMLP(config)
 
@@ -87,15 +87,17 @@ class FalconDecoderLayer(nn.Module):
         ``start`` ``[B, S or queries, H]`` is what queries and residuals come from, ``hidden`` by default.
         """
         start = None if start is None else start[:, start.shape[1] - queries :]
-        attended = self.attention(
-            self.input_norm(hidden),
-            queries=queries,
-            select=select,
-            start=None if start is None else self.input_norm(start),
-            **attention,
-        )
+        attended = None
+        if self.attention is not None:
+            attended = self.attention(
+                self.input_norm(hidden),
+                queries=queries,
+                select=select,
+                start=None if start is None else self.input_norm(start),
+                **attention,
+            )
         hidden = hidden[:, hidden.shape[1] - queries :] if start is None else start
         if select is not None:
             hidden = hidden.flatten(0, 1).index_select(0, select)
-        hidden = hidden + attended
+        hidden = hidden if attended is None else hidden + attended
         return hidden + self.mlp(self.mlp_norm(hidden))

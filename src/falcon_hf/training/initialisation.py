@@ -56,7 +56,8 @@ def near_identity_start(drafter: FalconDrafter, feature_size: float, embedding_s
         nn.init.normal_(weight[:, size:], std=_EMBEDDING_SHARE * feature_size / max(width, 1e-12))
     layers: Any = drafter.layers
     for layer in layers:
-        layer.attention.o_proj.weight.mul_(0.5)
+        if layer.attention is not None:
+            layer.attention.o_proj.weight.mul_(0.5)
         layer.mlp.down_proj.weight.mul_(0.5)
 
 
