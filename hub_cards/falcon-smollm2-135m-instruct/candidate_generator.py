@@ -20,6 +20,7 @@ import torch
 
 from .drafter_context import DrafterContext
 from .dynamic_tree import DynamicTree, calibrated
+from .few_rows import FewRowProducts
 from .rejection import Proposals, SiblingDraws
 from .suffix_lookup import SuffixLookup
 from .target import head_weight
@@ -30,7 +31,8 @@ from .tree_shape import DraftPass, TreeShape
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .modeling_falcon_drafter import FalconDrafter, FusionState
+    from .fusion import FusionState
+    from .modeling_falcon_drafter import FalconDrafter
 
 
 class FalconCandidateGenerator:
@@ -62,6 +64,7 @@ class FalconCandidateGenerator:
         if widest > drafted_over:
             raise ValueError(f"The tree has {widest} siblings, but the draft vocabulary only {drafted_over} tokens.")
         self.context = DrafterContext(drafter, target, rows)
+        self._few_rows = FewRowProducts(drafter)
         self._draws: SiblingDraws | None = None
         calibration = self.shape.calibration if isinstance(self.shape, DynamicTree) else None
         self._calibration = None if calibration is None else calibration.tensors(self.context.device)
@@ -77,7 +80,8 @@ class FalconCandidateGenerator:
 
     def append(self, features: torch.Tensor, tokens: torch.Tensor, lengths: list[int] | None = None) -> None:
         """Tell the drafter of committed pairs, see [`DrafterContext.append`]."""
-        self.context.append(features, tokens, lengths)
+        with self._few_rows:
+            self.context.append(features, tokens, lengths)
 
     def draw_siblings(self, draws: SiblingDraws) -> None:
         """From now on draw siblings from the drafter's law, for the verifier ``rejection``, instead of ranking them.
@@ -103,10 +107,11 @@ class FalconCandidateGenerator:
         if max_depth < 1 or not self.context.is_ready:
             return DraftTree.root_only(root)
         own = root.to(self.context.device)
-        if isinstance(self.shape, DynamicTree):
-            tree = self._grow(own, self.shape, max_depth, text)
-        else:
-            tree = self._fill(own, self._plan(self.shape, min(max_depth, self.shape.depth)))
+        with self._few_rows:
+            if isinstance(self.shape, DynamicTree):
+                tree = self._grow(own, self.shape, max_depth, text)
+            else:
+                tree = self._fill(own, self._plan(self.shape, min(max_depth, self.shape.depth)))
         self.context.forget_tree()
         return tree.to(root.device)
 

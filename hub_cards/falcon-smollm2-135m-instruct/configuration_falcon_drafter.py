@@ -93,6 +93,8 @@ class FalconDrafterConfig(PreTrainedConfig):
             last must be L, because the drafter estimates that one.
         block_mixing: whether a pair's query also starts from its block's newest pair (see ``block_mixing.py``). Not in
             the paper; it lifts the accuracy of every block position but the last.
+        attention: False for k heads that see their block's pairs and nothing else, as Medusa's see the last feature:
+            the baseline of a block without dependence. With k > 1 it needs block_mixing.
         correction_rank: None, or the inner width of a correction that conditions a position on the token chosen before
             it in its block, which the k laws of a pass do not know otherwise. Measured in training, not drafted with.
         draft_vocab_size: None to draft over all V tokens; otherwise only over that many, whose ids the checkpoint
@@ -142,6 +144,7 @@ class FalconDrafterConfig(PreTrainedConfig):
     feature_layers: list[int] | None = None
     correction_rank: int | None = None
     block_mixing: bool = False
+    attention: bool = True
     draft_vocab_size: int | None = None
     logit_scale: float = 1.0
     logit_softcap: float | None = None
@@ -212,6 +215,10 @@ class FalconDrafterConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
         if self.block_size > MAX_BLOCK_SIZE:
             raise ValueError(f"block_size (k) must be from 1 to {MAX_BLOCK_SIZE}, got {self.block_size}.")
+        if not self.attention and self.block_size > 1 and not self.block_mixing:
+            raise ValueError(
+                "attention=False leaves block positions without their block's newest pair: set block_mixing=True too."
+            )
         if self.fusion not in FUSIONS:
             raise ValueError(f"fusion must be one of {', '.join(FUSIONS)}, got {self.fusion!r}.")
         if self.verifier not in VERIFIERS:

@@ -25,7 +25,8 @@ from .target import input_embeddings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .modeling_falcon_drafter import FalconDrafter, FusionState
+    from .fusion import FusionState
+    from .modeling_falcon_drafter import FalconDrafter
 
 
 class DrafterContext:

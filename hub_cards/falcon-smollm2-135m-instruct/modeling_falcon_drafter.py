@@ -27,176 +27,22 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from transformers import PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, rotate_half
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from .block_mixing import BlockMixing
 from .configuration_falcon_drafter import FalconDrafterConfig
+from .correction import FalconCorrection
+from .decoder_layer import FalconDecoderLayer
 from .drafter_cache import DrafterCache
+from .few_rows import few_row_linear
+from .fusion import FalconFusion
 from .repo_files import check_stamp, code_stamp, write_repo_files
 from .repo_upload import UPLOAD_OPTIONS, upload_repo
 from .rollout import RolloutKeys, own_pairs, relaxed_causal_mask, rollout_mask
 from .routing import install
 from .statistics import GenerationStatistics
 from .tree import DraftTree
-
-FusionState = tuple[torch.Tensor, torch.Tensor]
-"""LSTM state (h, c), each ``[layers, B, H]``; of zero layers for a fusion without state."""
-
-
-class FalconFusion(nn.Module):
-    """Fuses a pair (feature, embedding), 2H, into one vector, H, carrying state along the sequence if it is an LSTM."""
-
-    def __init__(self, config: FalconDrafterConfig) -> None:
-        super().__init__()
-        self.kind = config.fusion
-        self.embedding_scale = config.embedding_scale
-        size = config.hidden_size
-        if self.kind == "linear":
-            self.linear = nn.Linear(2 * size, size, bias=config.fusion_bias)
-        else:
-            self.lstm = nn.LSTM(2 * size, size, num_layers=config.fusion_layers, batch_first=True)
-
-    @property
-    def is_recurrent(self) -> bool:
-        """Whether the output at a pair depends on the pairs before it."""
-        return self.kind == "lstm"
-
-    def forward(
-        self,
-        features: torch.Tensor,
-        embeddings: torch.Tensor,
-        state: FusionState | None = None,
-        lengths: list[int] | None = None,
-    ) -> tuple[torch.Tensor, FusionState | None]:
-        """``[B, S, H]`` features and embeddings -> ``[B, S, H]`` fused, and the state after the last pair.
-
-        ``state`` is the state before the first pair, None for zeros; a fusion without recurrence returns None.
-        ``lengths`` of at least 1 say how many pairs each row has, if not all have S; the rest of a row is garbage.
-        """
-        if self.embedding_scale != 1.0:
-            embeddings = embeddings * self.embedding_scale
-        pairs = torch.cat((features, embeddings), dim=-1)
-        if self.kind == "linear":
-            return self.linear(pairs), None
-        if self.kind == "lstm_stateless":
-            fused, _ = self.lstm(pairs.flatten(0, 1)[:, None])
-            return fused.view_as(features), None
-        if lengths is not None:
-            packed = pack_padded_sequence(pairs, torch.tensor(lengths), batch_first=True, enforce_sorted=False)
-            outputs, state = self.lstm(packed, state)
-            return pad_packed_sequence(outputs, batch_first=True, total_length=pairs.shape[1])[0], state
-        fused, state = self.lstm(pairs, state)
-        return fused, state
-
-
-class FalconAttention(nn.Module):
-    """Grouped-query attention with rotary positions; the mask is the caller's, queries are the last columns."""
-
-    def __init__(self, config: FalconDrafterConfig) -> None:
-        super().__init__()
-        self.head_dim: int = config.head_dim or 0  # the config has filled both in
-        groups: int = config.num_key_value_heads or 0
-        size, heads = config.hidden_size, config.num_attention_heads
-        self.q_proj = nn.Linear(size, heads * self.head_dim, bias=config.attention_bias)
-        self.k_proj = nn.Linear(size, groups * self.head_dim, bias=config.attention_bias)
-        self.v_proj = nn.Linear(size, groups * self.head_dim, bias=config.attention_bias)
-        self.o_proj = nn.Linear(heads * self.head_dim, size, bias=False)
-
-    def forward(
-        self,
-        hidden: torch.Tensor,
-        rotary: tuple[torch.Tensor, torch.Tensor],
-        mask: torch.Tensor,
-        queries: int,
-        layer: int,
-        cache: DrafterCache | RolloutKeys | None,
-        select: torch.Tensor | None = None,
-        start: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """``[B, S, H]`` -> ``[B, queries, H]`` for the last ``queries`` columns; mask ``[B, 1, queries, T]``.
-
-        With ``select`` ``[M]``, flat indices into ``[B * queries]``, only those: ``[M, H]``. Queries come from
-        ``start`` ``[B, queries, H]`` if it is given, keys and values always from ``hidden``.
-        """
-        batch, columns, _ = hidden.shape
-        cos, sin = (table[:, None] for table in rotary)  # [B, 1, S, head_dim]
-
-        def heads(projected: torch.Tensor) -> torch.Tensor:
-            return projected.view(batch, -1, projected.shape[-1] // self.head_dim, self.head_dim).transpose(1, 2)
-
-        first = columns - queries
-        query = heads(self.q_proj(hidden[:, first:] if start is None else start))
-        query = query * cos[:, :, first:] + rotate_half(query) * sin[:, :, first:]
-        keys, values = heads(self.k_proj(hidden)), heads(self.v_proj(hidden))
-        keys = keys * cos + rotate_half(keys) * sin
-        if cache is not None:
-            keys, values = cache.write(layer, keys, values)
-        out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=True)
-        out = out.transpose(1, 2).reshape(batch, queries, -1)
-        return self.o_proj(out if select is None else out.flatten(0, 1).index_select(0, select))
-
-
-class FalconDecoderLayer(nn.Module):
-    """One pre-norm decoder layer; its residual stream carries the fused pair."""
-
-    def __init__(self, config: FalconDrafterConfig) -> None:
-        super().__init__()
-        self.input_norm = (
-            LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps) if config.input_norm else nn.Identity()
-        )
-        self.attention = FalconAttention(config)
-        self.mlp_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = LlamaMLP(config)
-
-    def forward(
-        self,
-        hidden: torch.Tensor,
-        *,
-        queries: int,
-        select: torch.Tensor | None = None,
-        start: torch.Tensor | None = None,
-        **attention: Any,
-    ) -> torch.Tensor:
-        """``[B, S, H]`` -> ``[B, queries, H]``, or ``[M, H]`` with ``select``; see [`FalconAttention.forward`].
-
-        ``start`` ``[B, S or queries, H]`` is what queries and residuals come from, ``hidden`` by default.
-        """
-        start = None if start is None else start[:, start.shape[1] - queries :]
-        attended = self.attention(
-            self.input_norm(hidden),
-            queries=queries,
-            select=select,
-            start=None if start is None else self.input_norm(start),
-            **attention,
-        )
-        hidden = hidden[:, hidden.shape[1] - queries :] if start is None else start
-        if select is not None:
-            hidden = hidden.flatten(0, 1).index_select(0, select)
-        hidden = hidden + attended
-        return hidden + self.mlp(self.mlp_norm(hidden))
-
-
-class FalconCorrection(nn.Module):
-    """Corrects an estimate for the token chosen just before: f^ + U silu(D [f^; e]), of low rank; nothing at the start.
-
-    The k laws of a pass are independent of each other's tokens. Since head(f^ + d) = head(f^) + head(d), this is a
-    low-rank bigram table on the head's rows that knows the context as well.
-    """
-
-    def __init__(self, config: FalconDrafterConfig) -> None:
-        super().__init__()
-        rank: int = config.correction_rank or 0
-        self.embedding_scale = config.embedding_scale
-        self.down = nn.Linear(2 * config.hidden_size, rank, bias=False)
-        # No nn.Linear: those are initialised before their parent, and keep it.
-        self.up = nn.Parameter(torch.zeros(config.hidden_size, rank))
-
-    def forward(self, estimates: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-        """``[..., H]`` estimates f^_{i+k} and embeddings of t_{i+k} -> ``[..., H]``."""
-        pairs = torch.cat((estimates, embeddings * self.embedding_scale), dim=-1)
-        return estimates + F.linear(F.silu(self.down(pairs)), self.up)
 
 
 class FalconDrafter(PreTrainedModel):
@@ -470,7 +316,7 @@ class FalconDrafter(PreTrainedModel):
 
     def logits(self, features: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         """``[..., H]`` features -> ``[..., draft vocabulary]`` through the target's head rows (see [`draft_head`])."""
-        logits = F.linear(features, head) * self.config.logit_scale
+        logits = few_row_linear(features, head) * self.config.logit_scale
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -11,6 +11,7 @@ holes cost room and nothing else; [`TargetSession.compact`] closes them when the
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, StaticLayer
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
+from .few_rows import FewRowProducts
 from .returned_attentions import PlainRows
 from .target import family
 from .target_attention import mask_for
@@ -105,6 +107,7 @@ class TargetSession:
         self._static = any(isinstance(layer, StaticLayer) for layer in self.cache.layers)
         self._room = room
         self._forward: Any = target
+        self._few_rows: Any = FewRowProducts(target)
         self.model_kwargs = {**model_kwargs, self._cache_key: self.cache}
         self._extra = {name: value for name, value in model_kwargs.items() if name not in _OWN_KWARGS}
         for name, value in self._extra.items():
@@ -165,6 +168,7 @@ class TargetSession:
             maybe_install_capturing_hooks(self.target)
         if self.target._valid_auto_compile_criteria(self.model_kwargs, generation_config):
             self._forward = self.target.get_compiled_call(generation_config.compile_config)
+            self._few_rows = contextlib.nullcontext()  # the compiler has products of its own
 
     def _note_slots(self, device: torch.device) -> None:
         """Which slots hold real tokens, and at which positions: ``[B, L]`` each, L cached slots."""
@@ -217,16 +221,17 @@ class TargetSession:
         self._make_room(tree.size)
         deepest = torch.tensor(budgets, device=device)[:, None] - 1
         positions = self.next_position + tree.depths.to(device).minimum(deepest.clamp_min(0))
-        outputs = self._forward(
-            input_ids=tree.tokens.to(device),
-            **self._places(tree.ancestors.to(device), positions),
-            use_cache=True,
-            output_hidden_states=self._wanted_states(generation_config),
-            return_dict=True,
-            **({"output_attentions": True} if _returns_attentions(generation_config) else {}),
-            **{self._cache_key: self.cache},
-            **self._extra,
-        )
+        with self._few_rows:
+            outputs = self._forward(
+                input_ids=tree.tokens.to(device),
+                **self._places(tree.ancestors.to(device), positions),
+                use_cache=True,
+                output_hidden_states=self._wanted_states(generation_config),
+                return_dict=True,
+                **({"output_attentions": True} if _returns_attentions(generation_config) else {}),
+                **{self._cache_key: self.cache},
+                **self._extra,
+            )
         if self._static:
             self.cache.crop(nodes - tree.size)
             # Copies, because a CUDA graph writes its outputs to the same place every time.

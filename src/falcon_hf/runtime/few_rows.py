@@ -37,8 +37,8 @@ _SLICE_BYTES = 1 << 22  # of a widened weight: stays in a CPU's cache between be
 class FewRowProducts:
     """While entered, a model's linear layers multiply by [`few_row_linear`]; else it is as it was.
 
-    Layers are left alone where they are not torch's own or have been given another forward (hooks, compilation), and
-    all of a compiled model's, whose graph would be made anew.
+    Layers are left alone where they are quantised, not torch's own, or have been given another forward (hooks,
+    compilation), and all of a compiled model's, whose graph would be made anew.
 
     Args:
         model: whose layers; read once.
@@ -48,9 +48,9 @@ class FewRowProducts:
         self.model = model
         self._forwards: list[tuple[nn.Module, Any]] = []
         if not _has_other_forward(model):
-            for module in model.modules():
-                if type(module) is nn.Linear and module.weight.device.type == "cpu" and not _has_other_forward(module):
-                    self._forwards.append((module, functools.partial(_forward, module)))
+            self._forwards = [
+                (layer, functools.partial(_forward, layer)) for layer in model.modules() if _is_plain(layer)
+            ]
 
     def __enter__(self) -> None:
         for module, forward in self._forwards:
@@ -63,11 +63,17 @@ class FewRowProducts:
             vars(module).pop("forward", None)  # another thread's call may have been here first
 
 
+def _is_plain(module: nn.Module) -> bool:
+    """A layer of torch's own on a CPU, whose weight is a plain tensor, not a quantised or distributed one."""
+    plain = type(module) is nn.Linear and type(module.weight) is nn.Parameter and module.weight.device.type == "cpu"
+    return plain and not _has_other_forward(module)
+
+
 def _has_other_forward(module: nn.Module) -> bool:
     return "forward" in vars(module) or getattr(module, "_compiled_call_impl", None) is not None
 
 
-def _forward(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     return few_row_linear(x, layer.weight, layer.bias)
 
 
