@@ -16,6 +16,7 @@ from tests.conftest import make_tiny_target, make_tiny_drafter
 from tests.training.conftest import make_text
 from falcon_hf.training.arguments import FalconTrainingArguments
 from falcon_hf.training.batches import DialogueDataset
+from falcon_hf.training.process_group import end_process_group
 from falcon_hf.training.trainer import FalconTrainer
 import torch
 
@@ -40,8 +41,8 @@ if trainer.is_world_process_zero():
     weights = [float(weight.double().norm()) for weight in trainer.model.parameters()]
     print("RESULT" + json.dumps({"curve": curve, "weights": weights, "world": args.world_size,
                                  "metrics": {k: v for k, v in metrics.items() if isinstance(v, float)}}))
-if args.world_size > 1:
-    torch.distributed.destroy_process_group()  # as `falcon-hf train` does at its end
+del trainer
+end_process_group()  # as `falcon-hf train` does at its end
 """
 
 

@@ -121,6 +121,7 @@ def train(
         from ..training.errors import TrainingError
         from ..training.pipeline import default_learning_rate, train_drafter
         from ..training.plan import TrainingPlan
+        from ..training.process_group import end_process_group
     except ImportError as error:
         fail(f"Training needs further packages ({error}): pip install 'falcon_hf[train]'.")
     started = time.monotonic()
@@ -202,9 +203,7 @@ def train(
     except KeyboardInterrupt:
         stderr.print(f"Stopped. Checkpoints are in {output / 'checkpoints'}; the same command with --resume goes on.")
         raise typer.Exit(130) from None
-    # A process that ends with gloo's threads still running may abort, and torchrun calls that a failed training.
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    end_process_group()
     stderr.print(f"{(time.monotonic() - started) / 60:.1f} minutes in all")
 
 
