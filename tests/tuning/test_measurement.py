@@ -12,7 +12,7 @@ from falcon_hf import FalconCandidateGenerator, TreeShape
 from falcon_hf.runtime.dynamic_tree import DynamicTree
 from falcon_hf.runtime.target import family
 from falcon_hf.runtime.tree_shape import chain
-from falcon_hf.tuning.calibrate import CalibrationPlan, NamedDrafter, Prompt, calibrate, generate_with
+from falcon_hf.tuning.calibrate import CalibrationPlan, NamedDrafter, Prompt, calibrate
 from falcon_hf.tuning.calibration import Calibration
 from falcon_hf.tuning.check import compare, measure, read_check, spread_settings, sweep_settings, write_check
 from falcon_hf.tuning.choice import choose
@@ -20,6 +20,7 @@ from falcon_hf.tuning.cost_measurement import probe_shape, start_session, time_d
 from falcon_hf.tuning.errors import TuningError
 from falcon_hf.tuning.rank_measurement import feature_layers, greedy_text, measure_ranks
 from falcon_hf.tuning.static_tree import best_tree, widths
+from falcon_hf.tuning.whole_calls import generate_with
 
 from ..runtime.helpers import prompt_ids
 

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from ..measured_calls import padding_token
 from ..runtime.modeling_falcon_drafter import FalconDrafter
 from ..runtime.target import family
-from ..runtime.tree_shape import TreeShape, chain
+from ..runtime.tree_shape import chain
 from .calibration import Calibration, DrafterRecord
-from .choice import Option, predict
-from .cost_measurement import DRAFT_WIDTHS, VERIFY_NODES, plain_decoding, time_drafts, time_verification
+from .choice import predict
+from .cost_measurement import DRAFT_WIDTHS, VERIFY_NODES, time_drafts, time_verification
 from .errors import TuningError
-from .rank_measurement import GreedyText, feature_layers, greedy_text, measure_ranks
+from .rank_measurement import feature_layers, greedy_text, measure_ranks
 from .static_tree import best_tree
+from .whole_calls import drafting, mean_context, time_whole_calls
 
 logger = logging.getLogger(__name__)
 
@@ -131,90 +130,20 @@ def calibrate(
     sizes = sorted({size for size in VERIFY_NODES if size <= plan.nodes} | {plan.nodes})
     verify_times = time_verification(target, longest.ids, sizes, plan.contexts, plan.repeats)
     report("Timing whole calls")
-    probes = sorted(zip(prompts, texts, strict=True), key=lambda pair: -pair[1].ids.shape[1])[:_PROBE_PROMPTS]
-    plain, context = _plain_speed(target, probes, plan)
-    bare = Calibration(provenance, tuple(records), verify_times, plain, context, 0.0, 0.0)
-    walk, rest = _round_rest(target, drafters[0].drafter, bare, probes, plan)
-    return Calibration(provenance, tuple(records), verify_times, plain, context, walk, rest)
-
-
-def _plain_speed(
-    target: PreTrainedModel, probes: Sequence[tuple[Prompt, GreedyText]], plan: CalibrationPlan
-) -> tuple[float, float]:
-    """Seconds of a token of plain decoding, and the mean context it had."""
-    options = {"do_sample": False, "max_new_tokens": plan.max_new_tokens}
-    tokens = seconds = contexts = 0.0
-    for prompt, text in probes:
-        count, took = plain_decoding(target, prompt.ids, options)
-        tokens, seconds = tokens + count, seconds + took
-        contexts += count * (text.prompt_length + text.ids.shape[1]) / 2
-    if not tokens:
-        raise TuningError("No prompt got an answer of two tokens or more: give other prompts, or more new tokens.")
-    return seconds / tokens, contexts / tokens
-
-
-@torch.no_grad()
-def _round_rest(
-    target: PreTrainedModel,
-    drafter: FalconDrafter,
-    bare: Calibration,
-    probes: Sequence[tuple[Prompt, GreedyText]],
-    plan: CalibrationPlan,
-) -> tuple[float, float]:
-    """From real calls with a small and a larger tree: seconds of the walk a token, and of a round's rest.
-
-    The rest is what the round took longer than the curves say, so it also corrects them at the sizes that matter.
-    """
-    option: Option = bare.options()[0]
+    answered = [(text, prompt) for text, prompt in zip(texts, prompts, strict=True) if text.answer_length > 1]
+    probes = sorted(answered, key=lambda pair: -pair[0].ids.shape[1])[:_PROBE_PROMPTS]
+    context = mean_context([text for text, _ in probes])
+    bare = Calibration(provenance, tuple(records), verify_times, 0.0, context, 0.0, 0.0)
+    (option, *_) = bare.options()
     k = option.model.block_size
     shapes = [best_tree(option.model, 8, k), best_tree(option.model, min(plan.nodes, 24), min(plan.passes, 2) * k)]
-    walk = tokens = rest = rounds = 0.0
-    for shape in shapes:
-        if shape is None:
-            continue
-        for prompt, _ in probes:
-            counted = generate_with(target, drafter, shape, prompt.ids, plan.max_new_tokens)
-            expected = predict(option, shape, "given").round_seconds
-            took = counted.total_seconds - counted.prefill_seconds - counted.walk_seconds
-            rest += took - counted.rounds * expected
-            rounds += counted.rounds
-            walk += counted.walk_seconds
-            tokens += counted.new_tokens
-    return (walk / tokens, rest / rounds) if rounds else (0.0, 0.0)
-
-
-def generate_with(
-    target: PreTrainedModel, drafter: FalconDrafter, tree: TreeShape | Any, prompt: torch.Tensor, max_new_tokens: int
-) -> Any:
-    """``generate()`` greedily with a drafter and a tree, a shape or as a config has it; the config is back afterwards.
-
-    Returns:
-        The call's ``GenerationStatistics``.
-    """
-    with drafting(drafter, tree):
-        ids = prompt.to(target.device)
-        target.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            assistant_model=drafter,
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=padding_token(target),
-        )
-    return drafter.last_generation
-
-
-@contextmanager
-def drafting(drafter: FalconDrafter, tree: TreeShape | Any) -> Iterator[None]:
-    """Inside the block: the drafter has this tree, and fills it from its own laws alone, whatever its config said."""
-    fixed = {"tree": tree, "lookup": None, "verifier": "follow", "auto_off": False}
-    if isinstance(tree, TreeShape):
-        fixed["tree"] = [list(path) for path in tree.paths]
-    own = {name: getattr(drafter.config, name) for name in fixed}
-    try:
-        for name, value in fixed.items():
-            setattr(drafter.config, name, value)
-        yield
-    finally:
-        for name, value in own.items():
-            setattr(drafter.config, name, value)
+    whole = time_whole_calls(
+        target,
+        drafters[0].drafter,
+        [prompt.ids for _, prompt in probes],
+        {shape: predict(option, shape, "given").round_seconds for shape in shapes if shape is not None},
+        plan.max_new_tokens,
+    )
+    return replace(
+        bare, plain_seconds=whole.plain_token, walk_seconds=whole.walked_token, round_seconds=whole.round_rest
+    )

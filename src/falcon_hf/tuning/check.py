@@ -18,11 +18,12 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..runtime.tree_shape import TreeShape, chain
-from .calibrate import NamedDrafter, Prompt, generate_with
+from .calibrate import NamedDrafter, Prompt
 from .calibration import Calibration, read_json, write_json
 from .choice import Option, Prediction, choose, grid, predict
 from .cost_measurement import plain_decoding
 from .errors import TuningError
+from .whole_calls import generate_with
 
 logger = logging.getLogger(__name__)
 

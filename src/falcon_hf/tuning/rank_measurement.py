@@ -38,6 +38,11 @@ class GreedyText:
     prompt_length: int
     states: Mapping[int, torch.Tensor]
 
+    @property
+    def answer_length(self) -> int:
+        """Tokens of the answer."""
+        return self.ids.shape[1] - self.prompt_length
+
     def features(self, drafter: FalconDrafter) -> torch.Tensor:
         """``[1, L, W]``, what this drafter reads of the target."""
         return torch.cat([self.states[layer] for layer in feature_layers(drafter)], dim=-1)
