@@ -1,7 +1,7 @@
-"""Question sets by name: the usual benchmarks from the Hub, and the out-of-domain sets of this package.
+"""Question sets by name: the usual benchmarks from the Hub, and the sets of this package.
 
 ``find_questions`` takes a file, a name of [`NAMES`], or a file of a Hub dataset as ``org/dataset:file.jsonl``. The
-out-of-domain prompts (``data/*.jsonl``) were written for this project and are CC0.
+package's own prompts (``data/*.jsonl``) were written for this project and are CC0.
 """
 
 from __future__ import annotations
@@ -90,14 +90,18 @@ def _spec_bench(name: str) -> QuestionSet:
     )
 
 
+def _everyday(name: str) -> QuestionSet:
+    return QuestionSet.of(name, _of_this_package("everyday"))
+
+
 def _out_of_domain(name: str) -> QuestionSet:
     domains = OUT_OF_DOMAIN if "/" not in name else (name.partition("/")[2],)
-    folder = resources.files(__package__) / "data"
-    found: list[Question] = []
-    for domain in domains:
-        with resources.as_file(folder / f"{domain}.jsonl") as path:
-            found += read_question_file(path).questions
-    return QuestionSet.of(name, found)
+    return QuestionSet.of(name, [question for domain in domains for question in _of_this_package(domain)])
+
+
+def _of_this_package(stem: str) -> tuple[Question, ...]:
+    with resources.as_file(resources.files(__package__) / "data" / f"{stem}.jsonl") as path:
+        return read_question_file(path).questions
 
 
 NAMES: dict[str, Callable[[str], QuestionSet]] = {
@@ -105,6 +109,7 @@ NAMES: dict[str, Callable[[str], QuestionSet]] = {
     "gsm8k": _gsm8k,
     "humaneval": _humaneval,
     "spec-bench": _spec_bench,
+    "everyday": _everyday,
     "out-of-domain": _out_of_domain,
     **{f"out-of-domain/{domain}": _out_of_domain for domain in OUT_OF_DOMAIN},
 }

@@ -23,6 +23,7 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .few_rows import FewRowProducts
 from .returned_attentions import PlainRows
+from .shared_heads import SharedHeads
 from .target import family
 from .target_attention import mask_for
 from .target_cache import fitting_cache
@@ -108,6 +109,7 @@ class TargetSession:
         self._room = room
         self._forward: Any = target
         self._few_rows: Any = FewRowProducts(target)
+        self._shared_heads: Any = SharedHeads(target)
         self.model_kwargs = {**model_kwargs, self._cache_key: self.cache}
         self._extra = {name: value for name, value in model_kwargs.items() if name not in _OWN_KWARGS}
         for name, value in self._extra.items():
@@ -168,7 +170,7 @@ class TargetSession:
             maybe_install_capturing_hooks(self.target)
         if self.target._valid_auto_compile_criteria(self.model_kwargs, generation_config):
             self._forward = self.target.get_compiled_call(generation_config.compile_config)
-            self._few_rows = contextlib.nullcontext()  # the compiler has products of its own
+            self._few_rows = self._shared_heads = contextlib.nullcontext()  # the graph has been made with torch's own
 
     def _note_slots(self, device: torch.device) -> None:
         """Which slots hold real tokens, and at which positions: ``[B, L]`` each, L cached slots."""
@@ -221,7 +223,7 @@ class TargetSession:
         self._make_room(tree.size)
         deepest = torch.tensor(budgets, device=device)[:, None] - 1
         positions = self.next_position + tree.depths.to(device).minimum(deepest.clamp_min(0))
-        with self._few_rows:
+        with self._few_rows, self._shared_heads:
             outputs = self._forward(
                 input_ids=tree.tokens.to(device),
                 **self._places(tree.ancestors.to(device), positions),
