@@ -55,12 +55,12 @@ def check_kind(settings: dict[str, Any]) -> None:
         )
 
 
-def check_code(settings: dict[str, Any], folder: Path | None) -> str:
+def check_code(settings: dict[str, Any], folder: Path) -> str:
     """The code reference to trust, ``file.Class``, after a look at all of them.
 
     Args:
         settings: the config.
-        folder: where the files must lie; None for a Hub repo, whose files are not here yet.
+        folder: where the files must lie.
 
     Raises:
         ValueError: if the repo names no code, code of another repo or outside its own folder, another class, or a
@@ -79,8 +79,7 @@ def check_code(settings: dict[str, Any], folder: Path | None) -> str:
                 f"auto_map in its config.json sends {name} to {entry!r}, where a drafter has FILE.{wanted} in its own "
                 "repo: leave trust_remote_code out, or save the drafter again."
             )
-        if folder is not None:
-            _check_python(folder / f"{entry.split('.')[0]}.py")
+        _check_python(folder / f"{entry.split('.')[0]}.py")
     return str(entries["AutoModel"])
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HTTPError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig
@@ -14,6 +15,9 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from .drafter_checks import check_code, check_kind, check_weights, read_settings
 from .runtime.configuration_falcon_drafter import FalconDrafterConfig
 from .runtime.modeling_falcon_drafter import FalconDrafter
+
+# Of a Hub repo nothing else is downloaded: pickled weights never.
+_FILES = ["*.json", "*.safetensors", "*.py"]
 
 # What loading raises for a repo that is of another kind or broken.
 _CAUSES = (
@@ -38,10 +42,10 @@ class DrafterError(ValueError):
 def load_drafter(
     source: str | Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False
 ) -> FalconDrafter:
-    """A drafter in evaluation mode, on the CPU. A local folder is looked through before anything in it is used.
+    """A drafter in evaluation mode, on the CPU. Its files are looked through before anything in them is used.
 
     Args:
-        source: a folder or a Hub repo.
+        source: a folder, or a Hub repo, which is downloaded or found in the cache first.
         dtype: of the weights; as stored by default.
         trust_remote_code: run the code in the drafter's repo instead of this package's. Asked for here by hand:
             ``AutoModel`` prefers an installed class whatever it is told.
@@ -53,18 +57,20 @@ def load_drafter(
         CodeStampWarning: if the code in the repo is not the code it was saved with.
     """
     try:
-        folder = Path(source) if Path(source).is_dir() else None
-        if folder is not None:
-            settings = read_settings(folder)
-        else:
-            settings, _ = PreTrainedConfig.get_config_dict(source)
-            check_kind(settings)
+        folder = Path(source) if Path(source).is_dir() else _downloaded(str(source))
+        settings = read_settings(folder)
         code = check_code(settings, folder) if trust_remote_code else None
-        if folder is not None:
-            check_weights(folder, None if trust_remote_code else FalconDrafterConfig.from_pretrained(folder))
-        model_class: Any = FalconDrafter if code is None else get_class_from_dynamic_module(code, str(source))
-        drafter: FalconDrafter = model_class.from_pretrained(source, dtype=dtype or "auto")
+        check_weights(folder, None if trust_remote_code else FalconDrafterConfig.from_pretrained(folder))
+        model_class: Any = FalconDrafter if code is None else get_class_from_dynamic_module(code, str(folder))
+        drafter: FalconDrafter = model_class.from_pretrained(folder, dtype=dtype or "auto")
         return drafter.eval()
     except _CAUSES as error:
         why = " ".join(str(error).split())
         raise DrafterError(f"The drafter {str(source)!r} cannot be loaded: {why}") from error
+
+
+def _downloaded(repo: str) -> Path:
+    """The local copy of a Hub repo, once its config says that it is a drafter: others may be hundreds of gigabytes."""
+    settings, _ = PreTrainedConfig.get_config_dict(repo)
+    check_kind(settings)
+    return Path(snapshot_download(repo, allow_patterns=_FILES))

@@ -85,6 +85,32 @@ PULL = """
     }))
 """
 
+COMMANDS = """
+    import json, shutil, sys
+    from pathlib import Path
+    from huggingface_hub import HfApi
+    from falcon_hf.drafter_loading import DrafterError, load_drafter
+
+    folder, repo = sys.argv[1:]
+    good = [type(load_drafter(repo, trust_remote_code=trusted)).__module__ for trusted in (False, True)]
+    api, refused = HfApi(), {}
+    for name in ("truncated", "another-kind"):
+        copy = Path(shutil.copytree(folder, name))
+        if name == "truncated":
+            path = copy / "model.safetensors"
+            path.write_bytes(path.read_bytes()[:-1000])
+        else:
+            path = copy / "config.json"
+            path.write_text(path.read_text().replace('"falcon_drafter"', '"llama"'))
+        api.create_repo(repo + name)
+        api.upload_folder(repo_id=repo + name, folder_path=copy)
+        try:
+            load_drafter(repo + name)
+        except DrafterError as error:
+            refused[name] = str(error)
+    print(json.dumps({"good": good, "refused": refused}))
+"""
+
 
 @pytest.fixture(scope="module")
 def hub():
@@ -129,3 +155,22 @@ def test_push_pull_by_revision_and_offline(hub, folders):
     again = run_isolated(PULL, folders, folders / "target", REPO, first, HF_HUB_OFFLINE="1")
     assert json.loads(again.splitlines()[-1]) == pulled
     assert len(hub.calls) == calls, "the cache is enough"
+
+
+def test_the_commands_look_through_a_downloaded_repo(hub, folders):
+    import json
+
+    online = hub.environment | {"HF_HUB_OFFLINE": "0"}
+    run_isolated(PUSH, folders, folders / "drafter", "org/looked-through", block=False, **online)
+    before = len(hub.calls)
+    found = json.loads(
+        run_isolated(COMMANDS, folders, folders / "drafter", "org/looked-through", block=False, **online).splitlines()[-1]
+    )
+    own, repos = found["good"]
+    assert own == "falcon_hf.runtime.modeling_falcon_drafter"
+    assert repos.startswith("transformers_modules.")
+    assert "truncated" in found["refused"]["truncated"]
+    assert "'llama'" in found["refused"]["another-kind"]
+    asked = [path for method, path in hub.calls[before:] if method == "GET" and "another-kind/resolve" in path]
+    assert asked
+    assert all(path.endswith("config.json") for path in asked), "what is no drafter is not downloaded"

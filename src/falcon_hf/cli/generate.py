@@ -12,7 +12,7 @@ import typer
 
 from ..tuning.trace import GenerationTrace
 from .answer import Answer, answer, encode
-from .console import fail, parse_device, parse_dtype, print_json, quiet, stderr, stdout
+from .console import DTYPE_HELP, fail, parse_device, parse_dtype, print_json, quiet, stderr, stdout
 from .loading import load_drafter, load_target, require_repo
 
 
@@ -36,7 +36,7 @@ def generate(
     ] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: repeat less.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; else the checkpoint's.")] = None,
+    dtype: Annotated[str | None, typer.Option(help=f"{DTYPE_HELP} The checkpoint's by default.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; else cuda where there is one.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run the code in the drafter's repo; not needed.")] = False,
     trace: Annotated[
@@ -58,8 +58,8 @@ def generate(
     sampling = _sampling(temperature, top_p=top_p, top_k=top_k, min_p=min_p)
     if repetition_penalty is not None:
         sampling["repetition_penalty"] = repetition_penalty
-    torch_dtype = parse_dtype(dtype) if dtype is not None else None
     torch_device = parse_device(device)
+    torch_dtype = parse_dtype(dtype, torch_device) if dtype is not None else None
     text = _read_prompt(prompt, file)
     if not text.strip():
         fail("The prompt is empty.")
