@@ -164,7 +164,9 @@ def test_the_commands_look_through_a_downloaded_repo(hub, folders):
     run_isolated(PUSH, folders, folders / "drafter", "org/looked-through", block=False, **online)
     before = len(hub.calls)
     found = json.loads(
-        run_isolated(COMMANDS, folders, folders / "drafter", "org/looked-through", block=False, **online).splitlines()[-1]
+        run_isolated(COMMANDS, folders, folders / "drafter", "org/looked-through", block=False, **online).splitlines()[
+            -1
+        ]
     )
     own, repos = found["good"]
     assert own == "falcon_hf.runtime.modeling_falcon_drafter"

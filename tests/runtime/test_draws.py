@@ -31,10 +31,9 @@ def test_any_order_gives_plain_decodings_tokens_and_state(order):
     elif order == "ragged":  # rows advance by different strides, as in rounds of different acceptance
         steps.sort(key=lambda at: (at[0] // (at[1] + 1), at[1], at[0]))
     torch.manual_seed(0)
-    draws = Draws(ROWS)
-    for step, row in steps:
-        assert draws.draw(laws[step, row : row + 1], row, step).tolist() == [plain[step, row]]
-    draws.finish()
+    with Draws(ROWS) as draws:
+        for step, row in steps:
+            assert draws.draw(laws[step, row : row + 1], row, step).tolist() == [plain[step, row]]
     assert torch.equal(torch.get_rng_state(), state)
 
 

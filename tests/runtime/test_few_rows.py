@@ -137,6 +137,17 @@ def test_layers_with_a_forward_of_their_own_keep_it(calls):
     assert torch.equal(model(drawn(4, 8)), wanted)
 
 
+def test_autocast_chooses_the_dtype_as_it_does_elsewhere(calls):
+    layer = nn.Linear(16, 24)
+    few = FewRowProducts(layer)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        wanted = layer(drawn(4, 16))
+        with few:
+            assert torch.equal(layer(drawn(4, 16)), wanted)
+    assert wanted.dtype == torch.bfloat16
+    assert calls == []
+
+
 @pytest.mark.parametrize("how", ["module.compile()", "forward"])
 def test_a_compiled_model_keeps_its_graph(calls, how):
     model = Model()

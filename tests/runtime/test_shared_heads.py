@@ -81,6 +81,15 @@ def test_all_else_is_transformers_own(tiny_target, shared, change):
     assert shared == []
 
 
+def test_other_devices_models_that_pass_through_are_left_alone(tiny_target, shared):
+    module, *tensors = drawn(2, 2, 4, 20, 32, torch.float32)
+    with SharedHeads(tiny_target(24)):
+        ALL_ATTENTION_FUNCTIONS["sdpa"](module, *(tensor.to("meta") for tensor in tensors))
+        assert shared == []
+        ALL_ATTENTION_FUNCTIONS["sdpa"](module, *tensors)
+    assert shared == [4]
+
+
 def test_trees_are_verified_with_it_and_nothing_else_is(tiny_target, tiny_drafter, shared):
     target = tiny_target(24)
     assert target.config.num_key_value_heads < target.config.num_attention_heads

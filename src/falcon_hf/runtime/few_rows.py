@@ -92,6 +92,8 @@ def few_row_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
     rows = x.numel() // x.shape[-1]
     if not 1 < rows <= _MOST_ROWS or weight.device.type != "cpu" or x.dtype != weight.dtype:
         return F.linear(x, weight, bias)
+    if torch.is_autocast_enabled("cpu"):  # which chooses the dtype of each product
+        return F.linear(x, weight, bias)
     if weight.dtype == torch.float32 and torch.backends.mkl.is_available():
         product = _turned
     elif rows >= _LEAST_WIDENED_ROWS and not multiplies_fast(weight.device, weight.dtype):

@@ -11,6 +11,7 @@ the stopping criteria; otherwise one an emitted token. Plain ``generate()`` has 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode, M
 from .candidate_generator import FalconCandidateGenerator, drafter_tree
 from .committed_pairs import CommittedPairs
 from .draws import Draws
-from .emission import Emission
+from .emission import Emission, check_processors
 from .half_precision import warn_if_slow
 from .outputs import StreamedRows, gather_output
 from .rejection import SiblingDraws
@@ -31,6 +32,7 @@ from .speculation_switch import SpeculationSwitch
 from .statistics import GenerationStatistics
 from .target import check_target, family, last_device
 from .target_attention import under_tree_attention
+from .target_limits import check_length
 from .target_session import TargetSession
 from .tree import DraftTree
 from .tree_shape import TreeShape, chain
@@ -118,15 +120,16 @@ def decode(
         ``[B, P + longest text]`` ids, or the output object if ``return_dict_in_generate``.
 
     Raises:
-        ValueError: if the cache or a model input cannot serve (see [`TargetSession`]), or rows of a batch may end at
-            different times without a padding token.
+        ValueError: if the cache or a model input cannot serve (see [`TargetSession`]), the text may grow too long (see
+            [`check_length`]), or the rows of a batch cannot be decoded one by one.
     """
     check_row_ends(input_ids.shape[0], stopping_criteria, generation_config)
+    check_processors(input_ids.shape[0], logits_processor)
     if (device := last_device(target)) is not None:
         drafter.to(device)
     statistics = GenerationStatistics(rows=input_ids.shape[0])
-    with statistics.timed("total"):
-        draws = Draws(input_ids.shape[0])
+    with statistics.timed("total"), contextlib.ExitStack() as at_end:
+        draws = at_end.enter_context(Draws(input_ids.shape[0]))
         rows = [
             Emission(input_ids, row, logits_processor, stopping_criteria, generation_config, draws)
             for row in range(input_ids.shape[0])
@@ -142,8 +145,11 @@ def decode(
         embeds = model_kwargs.get("inputs_embeds")  # where they stand for ids, max_length does not count them
         uncounted = 0 if embeds is None else embeds.shape[1] - input_ids.shape[1]
         room = generator.shape.size
-        slots = generation_config.max_length + uncounted + room
+        tokens = generation_config.max_length + uncounted
+        slots = tokens + room
+        check_length(target, tokens, slots)
         session = TargetSession(target, len(rows), slots, room, model_kwargs, drafter.config.feature_layers)
+        at_end.callback(session.close)
         with statistics.timed("prefill"):
             outputs = session.prefill(input_ids, generation_config)
         with statistics.timed("walk"):
@@ -163,7 +169,7 @@ def decode(
                 tree = _draft(rows, generator, switch.drafts)
             with statistics.timed("verify"):
                 outputs = session.verify(tree, [row.budget for row in rows], generation_config)
-            with statistics.timed("walk"):
+            with statistics.timed("walk"), session.undone_on_error(tree.size):
                 paths = _walk(tree, outputs, rows, session, siblings)
                 stream.flush()
             statistics.count(paths, tree.size, drafted=switch.drafts)
@@ -176,7 +182,6 @@ def decode(
             if drafter.on_round is not None:
                 drafter.on_round(tree, paths)
         stream.end()
-        draws.finish()
         if len(rows) > 1:
             session.compact()
     statistics.new_tokens = sum(row.new_tokens for row in rows)
@@ -234,7 +239,7 @@ def _walk(
 ) -> list[list[int]]:
     """Emit tokens along each row's tree; returns the visited nodes, root first, none for a row that had ended."""
     if rows[0].is_plain_greedy:
-        nodes, tokens, visited = follow_greedy(tree, outputs.logits)
+        nodes, tokens, visited = follow_greedy(tree.to(outputs.logits.device), outputs.logits)
         walks = torch.cat((visited[:, None], nodes), dim=1).tolist()
         return [
             [] if row.ended else _commit_all(row, tokens[index : index + 1], walk[1 : 1 + walk[0]])

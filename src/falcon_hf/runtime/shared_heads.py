@@ -79,7 +79,8 @@ class SharedHeads:
             ``[B, S, heads, d]`` and None for the attention weights.
         """
         shares = (
-            attention_mask is not None
+            query.device.type == "cpu"  # the kernels of other threads' devices want repeated heads
+            and attention_mask is not None
             and attention_mask.dtype == torch.bool
             and query.shape[1] > key.shape[1]
             and query.shape[2] > 1

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -173,7 +174,11 @@ class TargetSession:
             self._few_rows = self._shared_heads = contextlib.nullcontext()  # the graph has been made with torch's own
 
     def _note_slots(self, device: torch.device) -> None:
-        """Which slots hold real tokens, and at which positions: ``[B, L]`` each, L cached slots."""
+        """Which slots hold real tokens, and where those stand: ``[B, L]`` each, L cached slots.
+
+        A token's *place* is its slot in plain decoding, from the row's first token on; windows and chunks go by it. It
+        is the position, but where the user masks tokens within a prompt or numbers the positions himself.
+        """
         self._prompt_slots = length = int(self.cache.get_seq_length())
         mask = self.model_kwargs.get("attention_mask")
         valid = torch.ones(1, length, dtype=torch.bool, device=device) if mask is None else mask.to(device).bool()
@@ -181,8 +186,9 @@ class TargetSession:
         if positions is None or positions.shape[-1] != length:
             positions = (valid.long().cumsum(-1) - 1).clamp_min(0)
         self._valid = valid[:, -length:].expand(self.rows, -1)
-        self._positions = positions.to(device).expand(self.rows, -1)
-        self.next_position = self._positions[:, -1:] + 1
+        self.next_position = positions[:, -1:].to(device).expand(self.rows, -1) + 1
+        self._place = torch.arange(length, device=device) - self._valid.long().argmax(-1, keepdim=True)
+        self._ahead = self._place[:, -1:] + 1 - self.next_position  # a place less its position, of all tokens to come
 
     def _wanted_states(self, generation_config: Any) -> bool | list[int]:
         """What to ask for as ``output_hidden_states``: all if the user wants them back, else little but the last.
@@ -306,14 +312,14 @@ class TargetSession:
             visible[:, :, held : held + nodes] = ancestors
             if kind != "full_attention":
                 keys = torch.zeros(rows, width, dtype=torch.long, device=positions.device)
-                keys[:, :held] = self._positions[:, offset:]
-                keys[:, held : held + nodes] = positions
-                visible &= self._in_reach(kind, keys[:, None], positions[:, :, None])
+                keys[:, :held] = self._place[:, offset:]
+                keys[:, held : held + nodes] = positions + self._ahead
+                visible &= self._in_reach(kind, keys[:, None], (positions + self._ahead)[:, :, None])
             masks[kind] = mask_for(self.target, visible[:, None])
         return masks if getattr(self.config, "layer_types", None) is not None else masks[self._kinds[0]]
 
     def _in_reach(self, kind: str, keys: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
-        """Whether a sliding or chunked layer's query position may look at a key position."""
+        """Whether a sliding or chunked layer's query may look at a key, by their places."""
         if kind == "sliding_attention":
             return keys > queries - self.config.sliding_window
         size = self.config.attention_chunk_size
@@ -325,19 +331,34 @@ class TargetSession:
         A finished row has an empty path: it adds nothing valid, and its position stays.
         """
         kept = max(map(len, paths))
-        device = self._positions.device
+        device = self._place.device
         if any(path != list(range(len(path))) for path in paths):  # else they lie where they belong
             padded = [path + [0] * (kept - len(path)) for path in paths]
-            self._gather(nodes, torch.tensor(padded, device=device))
+            self._gather(self.length + nodes, nodes, torch.tensor(padded, device=device))
         self.cache.crop(kept - nodes)
         lengths = torch.tensor([len(path) for path in paths], device=device)[:, None]
         valid = torch.arange(kept, device=device) < lengths
         self._filled = [filled + len(path) for filled, path in zip(self._filled, paths, strict=True)]
         # A path has one node a depth.
-        positions = self.next_position + torch.arange(kept, device=device)
+        places = self.next_position + self._ahead + torch.arange(kept, device=device)
         self._valid = torch.cat((self._valid, valid), dim=1)
-        self._positions = torch.cat((self._positions, positions), dim=1)
+        self._place = torch.cat((self._place, places), dim=1)
         self.next_position = self.next_position + lengths
+
+    @contextlib.contextmanager
+    def undone_on_error(self, nodes: int) -> Iterator[None]:
+        """Between [`verify`] and [`keep`]: an error leaves the cache without the ``nodes``, as before the round."""
+        try:
+            yield
+        except BaseException:
+            self.cache.crop(-nodes)
+            raise
+
+    def close(self) -> None:
+        """Let sliding layers drop again what is behind their window, as in the cache that plain decoding returns."""
+        for layer in self.cache.layers:
+            if hasattr(layer, "record_past"):
+                layer.record_past = False
 
     def idle(self, token: torch.Tensor, generation_config: Any) -> None:
         """A forward that leaves no trace, for the sake of other devices that wait for it: ``[1, 1]`` any token."""
@@ -353,12 +374,12 @@ class TargetSession:
         surplus = generated.shape[1] - longest
         if surplus == 0 and bool((order == torch.arange(order.shape[1], device=order.device)).all()):
             return
-        self._gather(generated.shape[1], order[:, :longest])
+        self._gather(self.length, generated.shape[1], order[:, :longest])
         self.cache.crop(-surplus)
         kept = self._prompt_slots + order[:, :longest]
         head = torch.arange(self._prompt_slots, device=kept.device).expand(self.rows, -1)
         kept = torch.cat((head, kept), dim=1)
-        self._valid, self._positions = self._valid.gather(1, kept), self._positions.gather(1, kept)
+        self._valid, self._place = self._valid.gather(1, kept), self._place.gather(1, kept)
 
     def _make_room(self, nodes: int) -> None:
         """Compact a batch whose holes waste a quarter of its slots, or a static cache that a tree would overflow."""
@@ -370,12 +391,13 @@ class TargetSession:
         if wasted > self.length * _WASTE_SHARE or any(room < self.length + nodes for room in static):
             self.compact()
 
-    def _gather(self, region: int, index: torch.Tensor) -> None:
-        """In every layer's last ``region`` slots, put those at ``index`` ``[B, n]`` (from its start) in front."""
+    def _gather(self, slots: int, region: int, index: torch.Tensor) -> None:
+        """In the last ``region`` of the cache's ``slots``, put those at ``index`` ``[B, n]`` (from its start) first."""
         for layer in self.cache.layers:
             if not isinstance(layer, CacheLayerMixin) or not layer.is_initialized or layer.keys is None:
                 continue  # shared keys and values: another layer holds them
-            used = int(layer.cumulative_length) if isinstance(layer, StaticLayer) else layer.keys.shape[-2]
+            # Sliding layers hold the last slots only, static ones have more than are used.
+            used = slots if isinstance(layer, StaticLayer) else layer.keys.shape[-2]
             start = used - region
             for tensor in (layer.keys, layer.values):  # [B, heads, slots, width]
                 rows = (start + index.to(tensor.device))[:, None, :, None]
