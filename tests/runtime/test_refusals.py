@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from typing import Any
 
@@ -78,6 +79,15 @@ def test_options_in_a_generation_config(target, drafter):
 def test_ensemble_weight_is_refused_where_transformers_knows_it(target, drafter):
     """It would change the text. Before 5.2x it is no option at all, and transformers refuses it itself."""
     assert_refused(target, drafter, "assistant_ensemble_weight", assistant_ensemble_weight=0.5)
+
+
+def test_how_other_assistants_draft_is_not_lost_silently(target, drafter, caplog):
+    options = {"num_assistant_tokens": 7, "assistant_confidence_threshold": 0.9}
+    with caplog.at_level(logging.WARNING):
+        target.generate(prompt_ids(VOCAB, 5), assistant_model=drafter, max_new_tokens=2)
+        assert "other assistants" not in caplog.text
+        target.generate(prompt_ids(VOCAB, 5), assistant_model=drafter, max_new_tokens=2, **options)
+    assert all(f"{option} is for other assistants" in caplog.text for option in options)
 
 
 def test_other_vocabulary(tiny_target, tiny_drafter, target):
