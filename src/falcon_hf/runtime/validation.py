@@ -76,7 +76,7 @@ def validate(
         raise ValueError(
             "Falcon needs a key-value cache: drop use_cache=False (or pass use_cache=True) or drop assistant_model."
         )
-    defaults = getattr(GenerationConfig, "_get_default_generation_params", dict)()
+    defaults: dict[str, Any] = getattr(GenerationConfig, "_get_default_generation_params", dict)()
     for option in _OTHER_DRAFTING:
         if getattr(generation_config, option, None) not in (None, defaults.get(option)):
             logger.warning("%s is for other assistants: a Falcon drafter drafts drafter.config.tree.", option)
