@@ -49,7 +49,7 @@ class Rounds:
         plain = TargetSession.verify
 
         def verify(session: TargetSession, tree: Any, *args: Any) -> Any:
-            length = session.length
+            length = session.slots.length
             outputs = plain(session, tree, *args)
             self.seen.append((length, tree, outputs.logits))
             return outputs

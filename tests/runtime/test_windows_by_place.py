@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from falcon_hf.runtime.target_session import TargetSession
+from falcon_hf.runtime.target_slots import CachedSlots
 
 from .families import VOCAB, WINDOW, tiny_family
 from .helpers import bushy_tree, prompt_ids, run
@@ -51,11 +51,11 @@ def test_a_gap_within_a_prompt(tiny_drafter, family, rows):
 def test_by_position_it_would_be_another_text(tiny_drafter, monkeypatch):
     target = tiny_family("mistral")
     assert target.config.sliding_window == WINDOW
-    note = TargetSession._note_slots
+    noted = CachedSlots.__init__
 
-    def by_position(self: Any, device: torch.device) -> None:
-        note(self, device)
-        self._place, self._ahead = (self._valid.long().cumsum(-1) - 1).clamp_min(0), torch.zeros_like(self._ahead)
+    def by_position(self: Any, valid: torch.Tensor, next_position: torch.Tensor) -> None:
+        noted(self, valid, next_position)
+        self.place, self._ahead = (valid.long().cumsum(-1) - 1).clamp_min(0), torch.zeros_like(self._ahead)
 
-    monkeypatch.setattr(TargetSession, "_note_slots", by_position)
+    monkeypatch.setattr(CachedSlots, "__init__", by_position)
     assert gap(target, tiny_drafter(target, tree=TREE), 1)[1] > 1e-3
