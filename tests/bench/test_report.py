@@ -111,6 +111,14 @@ def test_several_results_have_names_of_their_own(result: dict[str, Any]) -> None
         assert len(row(report, name, "falcon")) == 4
 
 
+def test_a_batchs_size_is_in_its_name(result: dict[str, Any]) -> None:
+    batched = copy.deepcopy(result)
+    batched["settings"]["batch_size"] = 4
+    report = render([result, batched])
+    assert row(report, "mt_bench, bfloat16, greedy", "plain")
+    assert row(report, "mt_bench, bfloat16, greedy, batches of 4", "plain")
+
+
 def test_decoding_names_every_option() -> None:
     options = {"do_sample": False, "max_new_tokens": 3, "repetition_penalty": 1.1, "no_repeat_ngram_size": 3}
     assert decoding(options) == "greedy, repetition_penalty 1.1, no_repeat_ngram_size 3"
