@@ -222,4 +222,4 @@ def test_turns_and_batches_are_named(result: dict[str, Any]) -> None:
     report = render([result])
     assert "up to 2 turns of 2 questions" in report
     assert "batches of 4" in report
-    assert row(report, "mt_bench, bfloat16, greedy", "falcon", "82, turn 2")
+    assert row(report, "mt_bench, bfloat16, greedy, batches of 4", "falcon", "82, turn 2")
