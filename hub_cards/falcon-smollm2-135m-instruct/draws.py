@@ -37,8 +37,12 @@ class Draws:
             self._states.append(_get_state(self._device))
         return tokens[row]
 
-    def finish(self) -> None:
-        """Leave the generator as plain decoding would: behind the last step that any row reached."""
+    def __enter__(self) -> Draws:
+        """The draws themselves."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Leave the generator, on an error too, as plain decoding would: behind the last step that any row reached."""
         if self._states:
             _set_state(self._device, self._states[-1])
 

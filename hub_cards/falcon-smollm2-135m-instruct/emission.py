@@ -9,9 +9,32 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import (
+    PrefixConstrainedLogitsProcessor,
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 
 from .draws import Draws
+
+# They count their calls as steps of the whole batch.
+_STEPWISE = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
+
+
+def check_processors(rows: int, processors: LogitsProcessorList) -> None:
+    """Refuse processors that keep a state from call to call for a batch, whose rows are processed one by one.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    for processor in processors:
+        if rows > 1 and isinstance(processor, _STEPWISE):
+            option = "guidance_scale" if isinstance(processor, _STEPWISE[1]) else "watermarking_config"
+            raise ValueError(
+                f"{option} counts the steps of a whole batch, and with a drafter the rows of a batch take theirs one "
+                "by one: generate the rows one by one, or drop assistant_model."
+            )
 
 
 class Emission:
@@ -40,6 +63,8 @@ class Emission:
         self._row, self._rows = row, input_ids.shape[0]
         self._prompt_length = input_ids.shape[1]
         self._processor = logits_processor
+        if self._rows > 1:
+            self._processor = LogitsProcessorList([_asking_own_row(each, row) for each in logits_processor])
         self._criteria = stopping_criteria
         # transformers' own criteria judge each row by itself; others may go by its place in the batch.
         self._needs_place = self._rows > 1 and any(
@@ -113,3 +138,16 @@ class Emission:
         """Keep a verified node's hidden states, from ``[B, N, H]`` a layer, if the user asked for them."""
         if self.hidden_states is not None:
             self.hidden_states.append(tuple(s[self._row : self._row + 1, node : node + 1] for s in states))
+
+
+def _asking_own_row(processor: LogitsProcessor, row: int) -> LogitsProcessor:
+    """A ``prefix_allowed_tokens_fn`` is not asked about other rows with this row's text, which they never have."""
+    if not isinstance(processor, PrefixConstrainedLogitsProcessor):
+        return processor
+    allowed, rows_a_prompt = processor._prefix_allowed_tokens_fn, processor._num_beams
+    own = row // rows_a_prompt
+
+    def ask(prompt: int, ids: torch.Tensor) -> list[int]:
+        return allowed(prompt, ids) if prompt == own else [0]
+
+    return PrefixConstrainedLogitsProcessor(ask, rows_a_prompt)

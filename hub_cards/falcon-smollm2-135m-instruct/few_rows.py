@@ -47,7 +47,7 @@ class FewRowProducts:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._forwards: list[tuple[nn.Module, Any]] = []
-        if not _has_other_forward(model):
+        if not has_other_forward(model):
             self._forwards = [
                 (layer, functools.partial(_forward, layer)) for layer in model.modules() if _is_plain(layer)
             ]
@@ -66,10 +66,11 @@ class FewRowProducts:
 def _is_plain(module: nn.Module) -> bool:
     """A layer of torch's own on a CPU, whose weight is a plain tensor, not a quantised or distributed one."""
     plain = type(module) is nn.Linear and type(module.weight) is nn.Parameter and module.weight.device.type == "cpu"
-    return plain and not _has_other_forward(module)
+    return plain and not has_other_forward(module)
 
 
-def _has_other_forward(module: nn.Module) -> bool:
+def has_other_forward(module: nn.Module) -> bool:
+    """Whether the module's forward is not its class's: hooked, compiled, or replaced."""
     return "forward" in vars(module) or getattr(module, "_compiled_call_impl", None) is not None
 
 
@@ -91,6 +92,8 @@ def few_row_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
     rows = x.numel() // x.shape[-1]
     if not 1 < rows <= _MOST_ROWS or weight.device.type != "cpu" or x.dtype != weight.dtype:
         return F.linear(x, weight, bias)
+    if torch.is_autocast_enabled("cpu"):  # which chooses the dtype of each product
+        return F.linear(x, weight, bias)
     if weight.dtype == torch.float32 and torch.backends.mkl.is_available():
         product = _turned
     elif rows >= _LEAST_WIDENED_ROWS and not multiplies_fast(weight.device, weight.dtype):
@@ -104,8 +107,10 @@ def few_row_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
 def _turned(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """``(W x^T)^T`` for ``[R, I]`` rows."""
     rows = x.shape[0]
-    padded = F.pad(x, (0, 0, 0, _PADDED_ROWS.get(rows, rows) - rows))
-    return (weight @ padded.t())[:, :rows].t().contiguous()
+    if rows in _PADDED_ROWS:
+        padded = F.pad(x, (0, 0, 0, _PADDED_ROWS[rows] - rows))
+        return torch.mm(weight, padded.t())[:, :rows].t().contiguous()
+    return torch.mm(weight, x.t()).t().contiguous()
 
 
 def _widened(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -11,29 +11,30 @@ the stopping criteria; otherwise one an emitted token. Plain ``generate()`` has 
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode, MaxLengthCriteria
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from .candidate_generator import FalconCandidateGenerator, drafter_tree
 from .committed_pairs import CommittedPairs
 from .draws import Draws
-from .emission import Emission
-from .half_precision import warn_if_slow
+from .emission import Emission, check_processors
 from .outputs import StreamedRows, gather_output
 from .rejection import SiblingDraws
 from .speculation_switch import SpeculationSwitch
 from .statistics import GenerationStatistics
-from .target import check_target, family, last_device
+from .target import family, last_device
 from .target_attention import under_tree_attention
+from .target_limits import check_length
 from .target_session import TargetSession
 from .tree import DraftTree
 from .tree_shape import TreeShape, chain
+from .validation import check_row_ends
 from .verification import follow, follow_greedy
 
 if TYPE_CHECKING:
@@ -42,56 +43,6 @@ if TYPE_CHECKING:
     from .modeling_falcon_drafter import FalconDrafter
 
 logger = logging.getLogger(__name__)
-
-# Options of generate() that name another way to draft, or change what an assisted text is; none may be lost silently.
-_EXCLUSIVE_OPTIONS = {
-    "prompt_lookup_num_tokens": "it names another source of drafts",
-    "assistant_early_exit": "it names another source of drafts",
-    "assistant_ensemble_weight": "it would change the text",
-    "use_mtp": "it names another source of drafts",
-    "speculation_type": "it names another source of drafts",
-}
-
-
-def validate(
-    target: PreTrainedModel,
-    drafter: FalconDrafter,
-    generation_mode: GenerationMode,
-    generation_config: GenerationConfig,
-    generation_mode_kwargs: dict[str, Any],
-) -> GenerationConfig:
-    """Refuse what Falcon cannot do, with the remedy, before any work.
-
-    Returns:
-        The config for transformers' own checks, which refuse several sequences a prompt for any assistant.
-
-    Raises:
-        ValueError: beam search and other modes, options that exclude a drafter, and all of [`check_target`].
-    """
-    drafter.config.check()  # users assign to it
-    check_target(target, drafter.config)
-    warn_if_slow(target)
-    if generation_config.num_beams > 1:
-        raise ValueError(
-            f"num_beams={generation_config.num_beams} does not go with a Falcon drafter (transformers would ignore the "
-            "drafter): set num_beams=1 or drop assistant_model."
-        )
-    if generation_mode != GenerationMode.ASSISTED_GENERATION:
-        raise ValueError(
-            f"A Falcon drafter goes with greedy search and sampling, not {generation_mode}: drop assistant_model."
-        )
-    for option, why in _EXCLUSIVE_OPTIONS.items():
-        if getattr(generation_config, option, None) not in (None, False):
-            raise ValueError(f"{option} and a Falcon drafter exclude each other ({why}): drop one of the two.")
-    if generation_mode_kwargs.get("assistant_tokenizer") is not None:
-        raise ValueError("A Falcon drafter shares the target's tokenizer: drop assistant_tokenizer.")
-    if generation_config.use_cache is False:
-        raise ValueError(
-            "Falcon needs a key-value cache: drop use_cache=False (or pass use_cache=True) or drop assistant_model."
-        )
-    relaxed = copy.copy(generation_config)
-    relaxed.num_return_sequences = 1
-    return relaxed
 
 
 @under_tree_attention
@@ -118,15 +69,16 @@ def decode(
         ``[B, P + longest text]`` ids, or the output object if ``return_dict_in_generate``.
 
     Raises:
-        ValueError: if the cache or a model input cannot serve (see [`TargetSession`]), or rows of a batch may end at
-            different times without a padding token.
+        ValueError: if the cache or a model input cannot serve (see [`TargetSession`]), the text may grow too long (see
+            [`check_length`]), or the rows of a batch cannot be decoded one by one.
     """
     check_row_ends(input_ids.shape[0], stopping_criteria, generation_config)
+    check_processors(input_ids.shape[0], logits_processor)
     if (device := last_device(target)) is not None:
         drafter.to(device)
     statistics = GenerationStatistics(rows=input_ids.shape[0])
-    with statistics.timed("total"):
-        draws = Draws(input_ids.shape[0])
+    with statistics.timed("total"), contextlib.ExitStack() as at_end:
+        draws = at_end.enter_context(Draws(input_ids.shape[0]))
         rows = [
             Emission(input_ids, row, logits_processor, stopping_criteria, generation_config, draws)
             for row in range(input_ids.shape[0])
@@ -142,8 +94,11 @@ def decode(
         embeds = model_kwargs.get("inputs_embeds")  # where they stand for ids, max_length does not count them
         uncounted = 0 if embeds is None else embeds.shape[1] - input_ids.shape[1]
         room = generator.shape.size
-        slots = generation_config.max_length + uncounted + room
+        tokens = generation_config.max_length + uncounted
+        slots = tokens + room
+        check_length(target, tokens, slots)
         session = TargetSession(target, len(rows), slots, room, model_kwargs, drafter.config.feature_layers)
+        at_end.callback(session.close)
         with statistics.timed("prefill"):
             outputs = session.prefill(input_ids, generation_config)
         with statistics.timed("walk"):
@@ -163,7 +118,7 @@ def decode(
                 tree = _draft(rows, generator, switch.drafts)
             with statistics.timed("verify"):
                 outputs = session.verify(tree, [row.budget for row in rows], generation_config)
-            with statistics.timed("walk"):
+            with statistics.timed("walk"), session.undone_on_error(tree.size):
                 paths = _walk(tree, outputs, rows, session, siblings)
                 stream.flush()
             statistics.count(paths, tree.size, drafted=switch.drafts)
@@ -176,7 +131,6 @@ def decode(
             if drafter.on_round is not None:
                 drafter.on_round(tree, paths)
         stream.end()
-        draws.finish()
         if len(rows) > 1:
             session.compact()
     statistics.new_tokens = sum(row.new_tokens for row in rows)
@@ -192,24 +146,6 @@ def chain_shape(drafter: FalconDrafter, target: PreTrainedModel) -> TreeShape | 
         return None
     tree = drafter_tree(drafter)
     return chain(tree.depth if isinstance(tree, TreeShape) else min(tree.nodes, tree.depth(drafter.config.block_size)))
-
-
-def check_row_ends(rows: int, stopping_criteria: StoppingCriteriaList, generation_config: GenerationConfig) -> None:
-    """Refuse a batch whose rows may end at different times without a padding token to fill up the shorter.
-
-    Plain decoding lets such rows run on behind their end until all have ended, which no later round could undo.
-
-    Raises:
-        ValueError: with the remedy.
-    """
-    if rows == 1 or all(isinstance(criterion, MaxLengthCriteria) for criterion in stopping_criteria):
-        return
-    pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-    if not pads or generation_config._pad_token_tensor is None:
-        raise ValueError(
-            "A batch whose rows may end at different times needs eos_token_id and pad_token_id, to fill up the shorter "
-            "rows: set both, or generate the rows one by one."
-        )
 
 
 def _draft(rows: list[Emission], generator: FalconCandidateGenerator, drafts: bool) -> DraftTree:
@@ -234,7 +170,7 @@ def _walk(
 ) -> list[list[int]]:
     """Emit tokens along each row's tree; returns the visited nodes, root first, none for a row that had ended."""
     if rows[0].is_plain_greedy:
-        nodes, tokens, visited = follow_greedy(tree, outputs.logits)
+        nodes, tokens, visited = follow_greedy(tree.to(outputs.logits.device), outputs.logits)
         walks = torch.cat((visited[:, None], nodes), dim=1).tolist()
         return [
             [] if row.ended else _commit_all(row, tokens[index : index + 1], walk[1 : 1 + walk[0]])

@@ -43,6 +43,7 @@ from .rollout import RolloutKeys, own_pairs, relaxed_causal_mask, rollout_mask
 from .routing import install
 from .statistics import GenerationStatistics
 from .tree import DraftTree
+from .validation import validate
 
 
 class FalconDrafter(PreTrainedModel):
@@ -325,9 +326,7 @@ class FalconDrafter(PreTrainedModel):
         return head_weight if self.draft_vocab_ids is None else head_weight[self.draft_vocab_ids.to(head_weight.device)]
 
     def _falcon_validate(self, target: PreTrainedModel, *args: Any) -> Any:
-        """What the routing calls first: refuse what cannot work (see ``generation.validate``)."""
-        from .generation import validate  # imports this module
-
+        """What the routing calls first: refuse what cannot work (see [`validate`])."""
         return validate(target, self, *args)
 
     def _falcon_decode(self, target: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:

@@ -18,10 +18,11 @@ USE = """```python
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+DRAFTER = "organisation/name"  # this repo, or its folder
 name = "{target}"
 target = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16)
 tokenizer = AutoTokenizer.from_pretrained(name)
-drafter = AutoModel.from_pretrained(DRAFTER, trust_remote_code=True, dtype=torch.bfloat16)  # this repo or folder
+drafter = AutoModel.from_pretrained(DRAFTER, trust_remote_code=True, dtype=torch.bfloat16)
 
 messages = [{{"role": "user", "content": "Why is the sky blue?"}}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)

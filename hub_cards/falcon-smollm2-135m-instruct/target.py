@@ -1,7 +1,7 @@
 """What Falcon needs to know of a target, and what a target cannot do. Touches the target, never changes it.
 
-Masks, positions and cache of a running generation are in ``target_session.py``; the files ``target*.py`` and
-``returned_attentions.py`` are the only ones that look inside a target.
+Masks, positions and cache of a running generation are in ``target_session.py``; ``target*.py``,
+``returned_attentions.py``, ``few_rows.py`` and ``shared_heads.py`` are the only files that look inside a target.
 """
 
 from __future__ import annotations

@@ -3,16 +3,15 @@
 Invariant, held by ``tests/runtime/test_final_cache.py``: after [`TargetSession.keep`] the cache holds, for each row,
 the committed tokens but the last, each with the keys and values that decoding one token at a time would have left.
 
-A cached token is a *slot*; its *position* is what the rotary embedding sees. They differ with left padding, inside a
-tree, where siblings share a position, and between the rows of a batch: rows accept different numbers of drafts, all
-advance by the longest, and the others are left with invalid slots, *holes*. Masks go by validity and positions, so
-holes cost room and nothing else; [`TargetSession.compact`] closes them when they are many, and at the end.
+Masks go by the validity and the places of slots (see ``target_slots.py``), so holes cost room and nothing else;
+[`TargetSession.compact`] closes them when they are many, and at the end.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,9 +22,11 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .few_rows import FewRowProducts
 from .returned_attentions import PlainRows
+from .shared_heads import SharedHeads
 from .target import family
 from .target_attention import mask_for
 from .target_cache import fitting_cache
+from .target_slots import CachedSlots
 from .tree import DraftTree
 
 # Prepared anew for every forward of ours, or meaningless there.
@@ -108,6 +109,7 @@ class TargetSession:
         self._room = room
         self._forward: Any = target
         self._few_rows: Any = FewRowProducts(target)
+        self._shared_heads: Any = SharedHeads(target)
         self.model_kwargs = {**model_kwargs, self._cache_key: self.cache}
         self._extra = {name: value for name, value in model_kwargs.items() if name not in _OWN_KWARGS}
         for name, value in self._extra.items():
@@ -154,11 +156,11 @@ class TargetSession:
             )
         self.prompt_attentions = self._plain_rows.prompt(outputs.attentions) if wanted else None
         features = self.features(outputs)
-        self._note_slots(features.device)
-        # Padding has no features worth drafting from. One sync, once.
-        self._filled: list[int] = self._valid.sum(-1).tolist()  # valid slots of each row
-        self._prompt_filled = list(self._filled)
-        self.prompt_features = [features[row : row + 1, -real:] for row, real in enumerate(self._filled)]
+        mask, positions = (self.model_kwargs.get(name) for name in ("attention_mask", "position_ids"))
+        length = int(self.cache.get_seq_length())
+        self.slots = CachedSlots.of_prompt(self.rows, length, mask, positions, features.device)
+        # Padding has no features worth drafting from.
+        self.prompt_features = [features[row : row + 1, -real:] for row, real in enumerate(self.slots.filled)]
         return outputs
 
     def _compile(self, generation_config: Any) -> None:
@@ -168,19 +170,7 @@ class TargetSession:
             maybe_install_capturing_hooks(self.target)
         if self.target._valid_auto_compile_criteria(self.model_kwargs, generation_config):
             self._forward = self.target.get_compiled_call(generation_config.compile_config)
-            self._few_rows = contextlib.nullcontext()  # the compiler has products of its own
-
-    def _note_slots(self, device: torch.device) -> None:
-        """Which slots hold real tokens, and at which positions: ``[B, L]`` each, L cached slots."""
-        self._prompt_slots = length = int(self.cache.get_seq_length())
-        mask = self.model_kwargs.get("attention_mask")
-        valid = torch.ones(1, length, dtype=torch.bool, device=device) if mask is None else mask.to(device).bool()
-        positions = self.model_kwargs.get("position_ids")
-        if positions is None or positions.shape[-1] != length:
-            positions = (valid.long().cumsum(-1) - 1).clamp_min(0)
-        self._valid = valid[:, -length:].expand(self.rows, -1)
-        self._positions = positions.to(device).expand(self.rows, -1)
-        self.next_position = self._positions[:, -1:] + 1
+            self._few_rows = self._shared_heads = contextlib.nullcontext()  # the graph has been made with torch's own
 
     def _wanted_states(self, generation_config: Any) -> bool | list[int]:
         """What to ask for as ``output_hidden_states``: all if the user wants them back, else little but the last.
@@ -199,11 +189,6 @@ class TargetSession:
         states = [outputs.hidden_states[layer] for layer in self._feature_layers]
         return torch.cat([state.to(states[-1].device) for state in states], dim=-1)
 
-    @property
-    def length(self) -> int:
-        """L, the slots in use."""
-        return self._valid.shape[1]
-
     def verify(self, tree: DraftTree, budgets: list[int], generation_config: Any) -> Any:
         """One forward over the tree's nodes, the root included; their keys and values go to the cache's end.
 
@@ -217,11 +202,11 @@ class TargetSession:
             The target's outputs: logits ``[B, N, V]``, ``hidden_states[-1]`` ``[B, N, H]``.
         """
         nodes, tree = tree.size, self._fixed_size(tree)
-        device = self.next_position.device
+        device = self.slots.valid.device
         self._make_room(tree.size)
         deepest = torch.tensor(budgets, device=device)[:, None] - 1
-        positions = self.next_position + tree.depths.to(device).minimum(deepest.clamp_min(0))
-        with self._few_rows:
+        positions = self.slots.next_position + tree.depths.to(device).minimum(deepest.clamp_min(0))
+        with self._few_rows, self._shared_heads:
             outputs = self._forward(
                 input_ids=tree.tokens.to(device),
                 **self._places(tree.ancestors.to(device), positions),
@@ -262,7 +247,7 @@ class TargetSession:
         """
         if not self._causal:
             return {"position_ids": positions, "attention_mask": self.masks(ancestors, positions)}
-        mask = torch.cat((self._valid, torch.ones_like(positions, dtype=torch.bool)), dim=1).long()
+        mask = torch.cat((self.slots.valid, torch.ones_like(positions, dtype=torch.bool)), dim=1).long()
         if self._static:  # some build their biases from the mask, for all slots
             mask = F.pad(mask, (0, int(self.cache.get_max_length()) - mask.shape[1]))
         takes_positions = "position_ids" in inspect.signature(self.target.forward).parameters
@@ -273,12 +258,12 @@ class TargetSession:
 
         To be asked before [`keep`]. One device sync.
         """
-        text = self._valid[row].clone()
-        text[: self._prompt_slots] = True  # padding before the prompt has columns too, of zeros
+        text = self.slots.valid[row].clone()
+        text[: self.slots.prompt] = True  # padding before the prompt has columns too, of zeros
         path = tree.ancestors[row, node].to(text.device)
         columns = torch.cat((text, path)).nonzero()[:, 0]
         # Sliding layers hold the last slots only.
-        offsets = [self.length + tree.size - layer.shape[-1] for layer in outputs.attentions]
+        offsets = [self.slots.length + tree.size - layer.shape[-1] for layer in outputs.attentions]
         offsets = [0 if self._static else offset for offset in offsets]
         return self._plain_rows.token(
             outputs.attentions, row, node, [columns[columns >= offset] - offset for offset in offsets]
@@ -298,20 +283,21 @@ class TargetSession:
         rows, nodes = positions.shape
         for kind in dict.fromkeys(self._kinds):
             width, offset = (int(size) for size in self.cache.get_mask_sizes(nodes, self._kinds.index(kind)))
-            held = self.length - offset  # slots before the tree that a layer of this kind still holds
+            held = self.slots.length - offset  # slots before the tree that a layer of this kind still holds
             visible = torch.zeros(rows, nodes, width, dtype=torch.bool, device=positions.device)
-            visible[:, :, :held] = self._valid[:, None, offset:]
+            visible[:, :, :held] = self.slots.valid[:, None, offset:]
             visible[:, :, held : held + nodes] = ancestors
             if kind != "full_attention":
+                places = self.slots.places(positions)
                 keys = torch.zeros(rows, width, dtype=torch.long, device=positions.device)
-                keys[:, :held] = self._positions[:, offset:]
-                keys[:, held : held + nodes] = positions
-                visible &= self._in_reach(kind, keys[:, None], positions[:, :, None])
+                keys[:, :held] = self.slots.place[:, offset:]
+                keys[:, held : held + nodes] = places
+                visible &= self._in_reach(kind, keys[:, None], places[:, :, None])
             masks[kind] = mask_for(self.target, visible[:, None])
         return masks if getattr(self.config, "layer_types", None) is not None else masks[self._kinds[0]]
 
     def _in_reach(self, kind: str, keys: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
-        """Whether a sliding or chunked layer's query position may look at a key position."""
+        """Whether a sliding or chunked layer's query may look at a key, by their places."""
         if kind == "sliding_attention":
             return keys > queries - self.config.sliding_window
         size = self.config.attention_chunk_size
@@ -322,20 +308,28 @@ class TargetSession:
 
         A finished row has an empty path: it adds nothing valid, and its position stays.
         """
-        kept = max(map(len, paths))
-        device = self._positions.device
+        lengths = [len(path) for path in paths]
+        kept = max(lengths)
         if any(path != list(range(len(path))) for path in paths):  # else they lie where they belong
             padded = [path + [0] * (kept - len(path)) for path in paths]
-            self._gather(nodes, torch.tensor(padded, device=device))
+            self._gather(self.slots.length + nodes, nodes, torch.tensor(padded, device=self.slots.valid.device))
         self.cache.crop(kept - nodes)
-        lengths = torch.tensor([len(path) for path in paths], device=device)[:, None]
-        valid = torch.arange(kept, device=device) < lengths
-        self._filled = [filled + len(path) for filled, path in zip(self._filled, paths, strict=True)]
-        # A path has one node a depth.
-        positions = self.next_position + torch.arange(kept, device=device)
-        self._valid = torch.cat((self._valid, valid), dim=1)
-        self._positions = torch.cat((self._positions, positions), dim=1)
-        self.next_position = self.next_position + lengths
+        self.slots.add(lengths)
+
+    @contextlib.contextmanager
+    def undone_on_error(self, nodes: int) -> Iterator[None]:
+        """Between [`verify`] and [`keep`]: an error leaves the cache without the ``nodes``, as before the round."""
+        try:
+            yield
+        except BaseException:
+            self.cache.crop(-nodes)
+            raise
+
+    def close(self) -> None:
+        """Let sliding layers drop again what is behind their window, as in the cache that plain decoding returns."""
+        for layer in self.cache.layers:
+            if hasattr(layer, "record_past"):
+                layer.record_past = False
 
     def idle(self, token: torch.Tensor, generation_config: Any) -> None:
         """A forward that leaves no trace, for the sake of other devices that wait for it: ``[1, 1]`` any token."""
@@ -345,35 +339,30 @@ class TargetSession:
 
     def compact(self) -> None:
         """Close the holes behind the prompt: each row's tokens one behind the other, as plain decoding lays them."""
-        generated = self._valid[:, self._prompt_slots :]
-        order = torch.argsort(~generated, dim=1, stable=True)  # the valid ones first, in their order
-        longest = int(generated.sum(-1).max())
-        surplus = generated.shape[1] - longest
-        if surplus == 0 and bool((order == torch.arange(order.shape[1], device=order.device)).all()):
+        order = self.slots.without_holes()
+        if order is None:
             return
-        self._gather(generated.shape[1], order[:, :longest])
-        self.cache.crop(-surplus)
-        kept = self._prompt_slots + order[:, :longest]
-        head = torch.arange(self._prompt_slots, device=kept.device).expand(self.rows, -1)
-        kept = torch.cat((head, kept), dim=1)
-        self._valid, self._positions = self._valid.gather(1, kept), self._positions.gather(1, kept)
+        region = self.slots.length - self.slots.prompt
+        self._gather(self.slots.length, region, order)
+        self.cache.crop(order.shape[1] - region)
+        self.slots.close_holes(order)
 
     def _make_room(self, nodes: int) -> None:
         """Compact a batch whose holes waste a quarter of its slots, or a static cache that a tree would overflow."""
         if self.rows == 1:
             return  # no holes
         static = [layer.max_cache_len for layer in self.cache.layers if isinstance(layer, StaticLayer)]
-        grown = max(now - then for now, then in zip(self._filled, self._prompt_filled, strict=True))
-        wasted = self.length - self._prompt_slots - grown  # slots behind the prompt that not even the longest row uses
-        if wasted > self.length * _WASTE_SHARE or any(room < self.length + nodes for room in static):
+        tight = any(room < self.slots.length + nodes for room in static)
+        if tight or self.slots.wasted > self.slots.length * _WASTE_SHARE:
             self.compact()
 
-    def _gather(self, region: int, index: torch.Tensor) -> None:
-        """In every layer's last ``region`` slots, put those at ``index`` ``[B, n]`` (from its start) in front."""
+    def _gather(self, slots: int, region: int, index: torch.Tensor) -> None:
+        """In the last ``region`` of the cache's ``slots``, put those at ``index`` ``[B, n]`` (from its start) first."""
         for layer in self.cache.layers:
             if not isinstance(layer, CacheLayerMixin) or not layer.is_initialized or layer.keys is None:
                 continue  # shared keys and values: another layer holds them
-            used = int(layer.cumulative_length) if isinstance(layer, StaticLayer) else layer.keys.shape[-2]
+            # Sliding layers hold the last slots only, static ones have more than are used.
+            used = slots if isinstance(layer, StaticLayer) else layer.keys.shape[-2]
             start = used - region
             for tensor in (layer.keys, layer.values):  # [B, heads, slots, width]
                 rows = (start + index.to(tensor.device))[:, None, :, None]
