@@ -41,16 +41,18 @@ class TestPublishedCards:
     def test_evaluation_results_are_the_stored_ones(self, folder):
         data = ModelCard.load(folder / "README.md").data
         assert data.model_name == folder.name
-        shown = {(entry.dataset_config, entry.metric_type): entry for entry in data.eval_results}
+        shown = {(entry.dataset_name, entry.metric_type): entry for entry in data.eval_results}
         stored = [json.loads(path.read_text()) for path in (folder / "benchmarks").glob("*.json")]
         assert len(shown) == len(data.eval_results) == 4 * len(stored)
         for result in stored:
             figures = result["summary"]["falcon"]
             found = [
-                {metric: shown[config, metric].metric_value for metric in ("speedup", "tau", "tau_with_bonus", "alpha")}
-                for config in {config for config, _ in shown}
-                if shown[config, "tau"].dataset_args["options"] == result["settings"]["options"]
-                and shown[config, "tau"].dataset_args["dtype"] == result["settings"]["target"]["dtype"]
+                {metric: shown[name, metric].metric_value for metric in ("speedup", "tau", "tau_with_bonus", "alpha")}
+                for name in {name for name, _ in shown}
+                if shown[name, "tau"].dataset_type == Path(result["settings"]["questions"]["file"]).stem
+                and shown[name, "tau"].dataset_args["options"] == result["settings"]["options"]
+                and shown[name, "tau"].dataset_args["dtype"] == result["settings"]["target"]["dtype"]
+                and shown[name, "tau"].dataset_args["batch_size"] == result["settings"]["batch_size"]
             ]
             assert found == [
                 {

@@ -153,7 +153,7 @@ def valid_holes(monkeypatch):
 
     def keep(self, paths, nodes):
         plain(self, paths, nodes)
-        self._valid = torch.ones_like(self._valid)
+        self.slots.valid = torch.ones_like(self.slots.valid)
 
     monkeypatch.setattr(TargetSession, "keep", keep)
 

@@ -103,7 +103,7 @@ def test_comparison_sees_holes_that_count(family, tiny_drafter, monkeypatch):
 
     def keep(self, paths, nodes):
         plain(self, paths, nodes)
-        self._valid = torch.ones_like(self._valid)
+        self.slots.valid = torch.ones_like(self.slots.valid)
 
     target = tiny_family(family, vocab=VOCAB)
     drafter = chain_drafter(target, tiny_drafter)

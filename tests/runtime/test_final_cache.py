@@ -45,7 +45,7 @@ def positions_one_late(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = TargetSession.verify
 
     def verify(self, *args):
-        self.next_position = self.next_position + 1
+        self.slots.next_position = self.slots.next_position + 1
         return plain(self, *args)
 
     monkeypatch.setattr(TargetSession, "verify", verify)

@@ -65,7 +65,7 @@ def assert_refused(target: Any, drafter: Any, message: str, error: Any = ValueEr
         ({"assistant_early_exit": 1}, "assistant_early_exit .*drop one of the two"),
         ({"assistant_tokenizer": object(), "tokenizer": object()}, "drop assistant_tokenizer"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )
 def test_options_that_exclude_a_drafter(target, drafter, options, message):
     assert_refused(target, drafter, message, **options)

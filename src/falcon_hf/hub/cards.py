@@ -165,12 +165,15 @@ def _evaluations(result: dict[str, Any]) -> list[EvalResult]:
     """Speed, tau and alpha of each method with a drafter, with what they were measured on."""
     settings = result["settings"]
     stem = Path(settings["questions"]["file"]).stem
+    batch = settings.get("batch_size", 1)
     how = {
         "dtype": settings["target"]["dtype"],
         "options": settings["options"],
+        "batch_size": batch,
         "hardware": f"{processor_name(settings['machine'])}, {settings['machine']['threads']} threads, "
         f"{settings['machine']['device']}",
     }
+    config = f"{how['dtype']}, {_decoding(settings['options'])}" + (f", batches of {batch}" if batch > 1 else "")
     found = []
     for label, method in settings["methods"].items():
         if "weights_sha256" not in method or label not in result["summary"]:
@@ -189,8 +192,8 @@ def _evaluations(result: dict[str, Any]) -> list[EvalResult]:
                 task_name="Speculative decoding",
                 dataset_type=stem,
                 # A model-index keeps what has one type and config together, so each setting is a config.
-                dataset_config=f"{how['dtype']}, {_decoding(settings['options'])}",
-                dataset_name=f"{stem}, {how['dtype']}, {_decoding(settings['options'])}",
+                dataset_config=config,
+                dataset_name=f"{stem}, {config}",
                 dataset_args=how,
                 metric_type=metric,
                 metric_name=words,
