@@ -27,8 +27,8 @@ def test_a_constraint_is_asked_about_texts_that_there_are(pair, sequences):
     assert len(prompts) == len(inputs["input_ids"])
 
     def allowed(prompt: int, ids: torch.Tensor) -> list[int]:
-        # As with a trie of answers for each prompt: it knows no other text.
-        assert prompts[tuple(ids[:width].tolist())] == prompt
+        # As with a trie of answers for each prompt: it knows no other text. Older transformers (5.17) number sequences.
+        assert prompts[tuple(ids[:width].tolist())] in (prompt, prompt // sequences)
         return [(int(ids[-1]) * step + prompt) % VOCAB for step in (1, 3, 5, 7)]
 
     assert_same_text(
