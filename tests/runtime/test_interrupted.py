@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -70,8 +71,6 @@ def test_without_undoing_the_cache_holds_drafts(tiny_drafter, monkeypatch):
     text, cache = interrupted(target, drafter, 5)
     held = int(cache.get_seq_length())
     assert cache_error(target, text[:, : held + 1], cache) < 1e-4
-
-    import contextlib
 
     monkeypatch.setattr(TargetSession, "undone_on_error", lambda self, nodes: contextlib.nullcontext())
     text, cache = interrupted(target, drafter, 5)

@@ -55,8 +55,12 @@ class CachedSlots:
     @property
     def wasted(self) -> int:
         """Slots behind the prompt that not even the longest row uses."""
-        grown = max(now - then for now, then in zip(self.filled, self._prompt_filled, strict=True))
-        return self.length - self.prompt - grown
+        return self.length - self.prompt - self._longest
+
+    @property
+    def _longest(self) -> int:
+        """Generated tokens of the longest row."""
+        return max(now - then for now, then in zip(self.filled, self._prompt_filled, strict=True))
 
     def places(self, positions: torch.Tensor) -> torch.Tensor:
         """Places of tokens to come, from their positions, ``[B, N]``."""
@@ -75,10 +79,9 @@ class CachedSlots:
         """The generated slots that stay when holes are closed, ``[B, n]`` from the prompt's end on; None if all do."""
         generated = self.valid[:, self.prompt :]
         order = torch.argsort(~generated, dim=1, stable=True)  # the valid ones first, in their order
-        longest = int(generated.sum(-1).max())
-        if longest == order.shape[1] and bool((order == torch.arange(longest, device=order.device)).all()):
+        if self.wasted == 0 and bool((order == torch.arange(order.shape[1], device=order.device)).all()):
             return None
-        return order[:, :longest]
+        return order[:, : self._longest]
 
     def close_holes(self, order: torch.Tensor) -> None:
         """What [`without_holes`] says was done."""
