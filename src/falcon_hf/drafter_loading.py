@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HTTPError, StrictDataclassError
+from huggingface_hub.errors import HFValidationError, HTTPError, StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -57,20 +58,42 @@ def load_drafter(
         CodeStampWarning: if the code in the repo is not the code it was saved with.
     """
     try:
-        folder = Path(source) if Path(source).is_dir() else _downloaded(str(source))
+        folder = drafter_folder(source)
         settings = read_settings(folder)
         code = check_code(settings, folder) if trust_remote_code else None
         check_weights(folder, None if trust_remote_code else FalconDrafterConfig.from_pretrained(folder))
         model_class: Any = FalconDrafter if code is None else get_class_from_dynamic_module(code, str(folder))
         drafter: FalconDrafter = model_class.from_pretrained(folder, dtype=dtype or "auto")
         return drafter.eval()
+    except DrafterError:
+        raise
     except _CAUSES as error:
         why = " ".join(str(error).split())
         raise DrafterError(f"The drafter {str(source)!r} cannot be loaded: {why}") from error
 
 
-def _downloaded(repo: str) -> Path:
-    """The local copy of a Hub repo, once its config says that it is a drafter: others may be hundreds of gigabytes."""
-    settings, _ = PreTrainedConfig.get_config_dict(repo)
-    check_kind(settings)
-    return Path(snapshot_download(repo, allow_patterns=_FILES))
+def drafter_folder(source: str | Path) -> Path:
+    """The local folder of a drafter.
+
+    A Hub repo's is downloaded or found in the cache, once its config says that it is a drafter: others may be hundreds
+    of gigabytes.
+
+    Raises:
+        DrafterError: if it is neither a folder nor a drafter's repo within reach.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    repo = str(source)
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise DrafterError(f"The drafter {repo} is not a folder here, nor a Hub repo's name (org/name).") from error
+    try:
+        settings, _ = PreTrainedConfig.get_config_dict(repo)
+        check_kind(settings)
+        return Path(snapshot_download(repo, allow_patterns=_FILES))
+    except _CAUSES as error:
+        why = " ".join(str(error).split())
+        raise DrafterError(
+            f"The drafter {repo!r} is not a folder here, and cannot be loaded from the Hub: {why}"
+        ) from error

@@ -74,6 +74,16 @@ def test_a_run_that_was_cut_off_goes_on(target: Any, tmp_path: Path) -> None:
     assert run(target, tmp_path) == 0
 
 
+def test_two_runs_do_not_write_to_one_folder(target: Any, tmp_path: Path) -> None:
+    first = distil(target, byte_tokenizer(), SETTINGS, tmp_path)
+    next(first)
+    with pytest.raises(DistillationError, match=r"Another run is writing to .*choose another --output"):
+        run(target, tmp_path)
+    first.close()  # as an interrupted run does
+    assert run(target, tmp_path) == 8
+    assert len({line["n"] for line in dialogues(tmp_path)}) == 9
+
+
 def test_features_lie_beside_the_dialogues_and_survive_a_cut(target: Any, tmp_path: Path) -> None:
     settings = replace(SETTINGS, feature_layers=[1, 2])
     list(itertools.islice(distil(target, byte_tokenizer(), settings, tmp_path), 4))

@@ -11,11 +11,11 @@ from rich.markdown import Markdown
 from ..bench.draft_trees import read_tree
 from ..bench.errors import BenchError
 from ..bench.methods import METHODS, MethodContext, MethodSpec, build_method, parse_methods
-from ..bench.methods.falcon import drafter_folder
 from ..bench.question_sets import NAMES, find_questions
 from ..bench.report import render
 from ..bench.result_file import read_result
 from ..bench.runs import RunPlan, run
+from ..drafter_loading import DrafterError, drafter_folder
 from .console import (
     AUTO,
     DTYPE_HELP,
@@ -123,7 +123,7 @@ def bench(
             context = MethodContext(model, source, paths)
             built = [build_method(spec, context) for spec in specs]
             result = run(model, tokenizer, built, plan, output, show_progress=not as_json)
-    except BenchError as error:
+    except (BenchError, DrafterError) as error:
         fail(str(error))
     except KeyboardInterrupt:
         stderr.print(f"Stopped. What was done is in {output}; the same command goes on.", soft_wrap=True)

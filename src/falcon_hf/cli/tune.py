@@ -11,10 +11,11 @@ from typing import Annotated, Any
 import typer
 
 from ..bench.errors import BenchError
-from ..bench.methods.falcon import drafter_folder, weights_sha256
+from ..bench.methods.falcon import weights_sha256
 from ..bench.provenance import describe_target, machine, versions
 from ..bench.question_sets import NAMES
 from ..bench.result_file import first_setting_that_differs
+from ..drafter_loading import DrafterError, drafter_folder
 from ..tuning.calibrate import CalibrationPlan, NamedDrafter, calibrate
 from ..tuning.calibration import Calibration
 from ..tuning.check import SWEEP_NODES, compare, measure, spread_settings, sweep_settings, write_check
@@ -198,7 +199,7 @@ def tune(
                 write_check(check, result)
             if pictures is not None:
                 _draw(pictures, calibration, best, result if sweep else None)
-    except (TuningError, BenchError) as error:
+    except (TuningError, BenchError, DrafterError) as error:
         fail(str(error))
     _show(found, result, output, apply, as_json)
 

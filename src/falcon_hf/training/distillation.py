@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import transformers
+from filelock import FileLock, Timeout
 from transformers import PreTrainedModel
 
 from ..runtime.target import fingerprint
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 DIALOGUES, TURNS, RECIPE, FEATURES = "dialogues.jsonl", "turns.jsonl", "recipe.json", "features.bfloat16"
 DIGEST = "target_digest"  # the recipe's key
+_LOCK = ".lock"  # held while a run appends
 
 
 @dataclass(frozen=True)
@@ -128,8 +130,8 @@ def distil(target: PreTrainedModel, tokenizer: Any, settings: DistillationSettin
         The state after every finished dialogue, the same object each time.
 
     Raises:
-        DistillationError: if the folder holds data of other settings or another target, the target has no such feature
-            layers, or the prompts run out of use.
+        DistillationError: if the folder holds data of other settings or another target, another run is writing to it,
+            the target has no such feature layers, or the prompts run out of use.
     """
     last = int(target.config.get_text_config().num_hidden_layers)
     if wrong := [layer for layer in settings.feature_layers or [] if not 0 <= layer <= last]:
@@ -138,6 +140,23 @@ def distil(target: PreTrainedModel, tokenizer: Any, settings: DistillationSettin
             "model's num_hidden_layers)."
         )
     output.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output / _LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise DistillationError(
+            f"Another run is writing to {output}: wait for its end, or choose another --output."
+        ) from error
+    try:
+        yield from _appended(target, tokenizer, settings, output)
+    finally:
+        lock.release()
+
+
+def _appended(
+    target: PreTrainedModel, tokenizer: Any, settings: DistillationSettings, output: Path
+) -> Iterator[Progress]:
+    """[`distil`] in a folder that no other run writes to."""
     _check_recipe(output, _recipe(target, settings))
     earlier = read_lines(output / DIALOGUES)
     answered = {int(line["n"]) for line in earlier}

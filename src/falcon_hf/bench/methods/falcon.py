@@ -7,11 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import validate_repo_id
-
-from ...drafter_loading import DrafterError, load_drafter
+from ...drafter_loading import DrafterError, drafter_folder, load_drafter
 from ...runtime.candidate_generator import drafter_tree
 from ...runtime.configuration_falcon_drafter import FalconDrafterConfig
 from ...runtime.statistics import GenerationStatistics
@@ -45,8 +41,8 @@ class Falcon(Method):
         if source is None:
             raise BenchError(f"{label} needs a drafter: pass --drafter PATH_OR_REPO.")
         self.source = source
-        folder = drafter_folder(source)
         try:
+            folder = drafter_folder(source)
             self.drafter = load_drafter(folder, self.target.dtype).to(self.target.device)
         except DrafterError as error:
             raise BenchError(first_line(error)) from error
@@ -123,26 +119,6 @@ def _shown(source: str) -> str:
     """A drafter's name for results: a folder below the current one without the way to it."""
     path, here = Path(source).absolute(), Path.cwd()
     return str(path.relative_to(here)) if path.is_dir() and path.is_relative_to(here) else source
-
-
-def drafter_folder(source: str) -> Path:
-    """The local folder of a drafter; a Hub repo's is downloaded or found in the cache.
-
-    Raises:
-        BenchError: if there is no such folder and no such repo within reach.
-    """
-    if Path(source).is_dir():
-        return Path(source)
-    try:
-        validate_repo_id(source)
-    except HFValidationError as error:
-        raise BenchError(f"The drafter {source} is not a folder here, nor a Hub repo's name (org/name).") from error
-    try:
-        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"], etag_timeout=5))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise BenchError(
-            f"The drafter {source} is not a folder here, and the Hub does not give it: {first_line(error)}"
-        ) from error
 
 
 def weights_sha256(folder: Path) -> str:
