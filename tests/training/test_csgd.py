@@ -86,6 +86,22 @@ def test_glanced_columns_are_spread_over_places_and_blocks():
     assert (chosen[:20] - chosen[:20].float().mean()).abs().max() < 0.15 * rows * 3 / 21
 
 
+@pytest.mark.parametrize("block_size", [2, 3, 4, 8])
+def test_every_place_of_a_block_is_replaced_as_often(block_size):
+    rows = 20_000
+    ones, offset = torch.ones(rows, block_size, dtype=torch.bool), torch.zeros(rows, dtype=torch.long)
+    all_of_them = torch.full((rows,), block_size)
+    draws = uniform(rows, 3, 3, seed=5)
+    shares = choose_glanced(all_of_them, ones, offset, block_size, draws, block_size - 1).float().mean(0)
+    assert shares.max() / shares.min() < 1.06
+    # Runs that begin inside the block leave its first places out, as this test would see.
+    begin = (draws[:, 0, 1, None] * block_size).long()
+    end = begin + 1 + (draws[:, 0, 2, None] * (block_size - begin)).long()
+    place = torch.arange(block_size)[None]
+    naive = ((place >= begin) & (place < end)).float().mean(0)
+    assert naive.max() / naive.min() > 1.3
+
+
 def test_rows_do_not_depend_on_each_other():
     candidates = uniform(6, 17, seed=3) < 0.7
     offset, counts, draws = torch.arange(6) % 3, torch.arange(6), uniform(6, 8, 3, seed=4)

@@ -140,6 +140,15 @@ class PairBatch:
     learned: torch.Tensor
     laws: TargetLaws | None = None
 
+    def rows(self, order: list[int]) -> PairBatch:
+        """The same rows in another order."""
+        index = torch.tensor(order, device=self.tokens.device)
+        tensors = {name: value[index] for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        laws = self.laws
+        if laws is not None:
+            laws = TargetLaws(*(value[index] for value in (laws.mean_rows, laws.negentropy, laws.labels)))
+        return PairBatch(**tensors, laws=laws)
+
 
 def make_pairs(batch: dict[str, torch.Tensor], block_size: int, hidden_size: int) -> PairBatch:
     """Lay a batch (features ``[B, L, W]``) out as pairs: k - 1 start pairs and L - 1 pairs, S = L + k - 2 columns."""

@@ -58,15 +58,16 @@ def choose_glanced(
 ) -> torch.Tensor:
     """Which columns are replaced: N a row, in runs of consecutive columns, one run in each block that has any.
 
-    Blocks come in random order, each with a random run of its columns, until N columns are chosen; the last run is cut.
-    A row whose runs hold fewer than N columns gets those.
+    Blocks come in random order, each with a run, until N columns are chosen; the last run is cut. A run's length is
+    uniform, and so is its begin, from where its end just reaches the block to the block's last place, so that every
+    place of a block is as likely to be replaced. A row whose runs hold fewer than N columns gets those.
 
     Args:
         counts: ``[B]``, N.
         candidates: ``[B, S]`` bool, columns that may be replaced.
         block_offset: ``[B]`` in [0, k).
         block_size: k.
-        uniform: ``[B, S // k + 2, 3]`` draws in [0, 1): order, begin and length of each block's run.
+        uniform: ``[B, S // k + 2, 3]`` draws in [0, 1): each block's place in the order, its run's begin and length.
         longest_run: at most so many columns of a block; k by default. With k - 1, no block is shown all its answers.
 
     Returns:
@@ -76,9 +77,10 @@ def choose_glanced(
     longest = block_size if longest_run is None else min(longest_run, block_size)
     placed = torch.arange(columns, device=candidates.device)[None] + block_offset[:, None]
     block, place = placed // block_size, placed % block_size
-    begin = (uniform[..., 1] * block_size).long().clamp_max(block_size - 1)
-    length = 1 + (uniform[..., 2] * (block_size - begin)).long()
-    end = begin + length.clamp_max(longest)
+    length = 1 + (uniform[..., 2] * longest).long().clamp_max(longest - 1)
+    begins = block_size + length - 1
+    begin = (uniform[..., 1] * begins).long().clamp_max(begins - 1) - (length - 1)
+    end = begin + length
     in_run = candidates & (place >= begin.gather(1, block)) & (place < end.gather(1, block))
     per_block = torch.zeros_like(uniform[..., 0], dtype=torch.long).scatter_add_(1, block, in_run.long())
     order = uniform[..., 0].argsort(dim=1)

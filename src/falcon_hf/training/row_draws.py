@@ -7,6 +7,7 @@ to be saved, the global generators are left alone, and two processes draw what o
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 
 import torch
 
@@ -35,7 +36,7 @@ class RowDraws:
         device: where the draws are made.
     """
 
-    def __init__(self, seed: int, step: int, rows: range, device: torch.device) -> None:
+    def __init__(self, seed: int, step: int, rows: Sequence[int], device: torch.device) -> None:
         self._device = device
         self._seeds = [mix(seed, step, row) for row in rows]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from transformers import PreTrainedModel, Trainer
 
 from ..runtime.candidate_generator import drafter_tree
@@ -132,9 +132,12 @@ class FalconTrainer(Trainer):
         """One CSGD step's loss: first pass, glancing, second pass, and passes over own features where asked for."""
         args, k = self.args, self._block_size
         pairs = self._pairs(inputs)
-        rows = pairs.tokens.shape[0]
-        draws = self._draws(rows)
         progress = self.state.global_step / max(1, self.state.max_steps)
+        places = self._places(pairs.tokens.shape[0])
+        order, rolled = self._rolled_first(places, progress)
+        if rolled:
+            pairs, places = pairs.rows(order), [places[row] for row in order]
+        draws = RowDraws(args.seed, self.state.global_step, places, args.device)
         offsets = draw_block_offsets(draws.uniform("offset"), k)
         features = pairs.features.to(self._dtype)
         noise = None
@@ -142,7 +145,7 @@ class FalconTrainer(Trainer):
             noise = feature_noise(draws.uniform("noise", *features.shape[1:]), args.noise).to(self._dtype)
             noise = noise * pairs.paired[..., None]
         embeddings = self._embed(pairs.tokens) * pairs.paired[..., None]
-        replaced = self._glance(model, pairs, features, noise, embeddings, offsets, draws, progress)
+        replaced = self._glance(model, pairs, features, noise, embeddings, offsets, draws, places, progress)
         seen, tokens = features, embeddings
         if replaced is not None:
             seen = replace_coupled(features, replaced, k)
@@ -150,7 +153,6 @@ class FalconTrainer(Trainer):
         if noise is not None:
             seen = seen + noise
         kept = pairs.learned if replaced is None or args.glance_loss == "all" else pairs.learned & ~replaced
-        rolled = self._rollout_rows(rows, progress)
         outputs, wanted, corrected = self._forward(
             model, pairs, seen, tokens, embeddings, offsets, kept, replaced, rolled
         )
@@ -158,14 +160,30 @@ class FalconTrainer(Trainer):
         loss = self._losses(outputs, wanted, pairs, corrected, later)
         return (loss, outputs) if return_outputs else loss
 
-    def _draws(self, rows: int) -> RowDraws:
-        """Random streams of this batch's rows, by their places in the global batch."""
+    def _places(self, rows: int) -> list[int]:
+        """Each row's place in the global batch, of all processes and accumulated batches: what its draws hang on."""
         step, micro = self._micro
         micro = micro + 1 if step == self.state.global_step else 0
         self._micro = self.state.global_step, micro
         args = self.args
         first = (micro * max(1, args.world_size) + args.process_index) * args.train_batch_size
-        return RowDraws(args.seed, self.state.global_step, range(first, first + rows), args.device)
+        return list(range(first, first + rows))
+
+    def _rows_together(self) -> int:
+        """Rows of all processes in one batch."""
+        return self.args.train_batch_size * max(1, self.args.world_size)
+
+    def _rolled_first(self, places: list[int], progress: float) -> tuple[list[int], int]:
+        """The rows in an order that begins with those that go on to further passes, and how many those are.
+
+        They are spread evenly over the global batch, whatever process they are on; one of it at least.
+        """
+        args, together = self.args, self._rows_together()
+        if args.rollout_passes < 2 or progress < args.rollout_start or args.rollout_share <= 0:
+            return list(range(len(places))), 0
+        share = max(args.rollout_share, 1 / together)
+        chosen = [int((place % together + 1) * share + 1e-9) > int(place % together * share + 1e-9) for place in places]
+        return sorted(range(len(places)), key=lambda row: not chosen[row]), sum(chosen)
 
     def _glance(
         self,
@@ -176,6 +194,7 @@ class FalconTrainer(Trainer):
         embeddings: torch.Tensor,
         offsets: torch.Tensor,
         draws: RowDraws,
+        places: list[int],
         progress: float,
     ) -> torch.Tensor | None:
         """``[B, S]`` bool, the columns to replace, by the Hamming distance of a first pass; None without glancing."""
@@ -185,9 +204,11 @@ class FalconTrainer(Trainer):
             return None
         rows, columns = pairs.tokens.shape
         share = max(1, round(1 / args.first_pass_share))
-        # At least one row, in every step and process: without, there is no error rate, and DDP lacks a forward.
-        stride = min(share, rows)
-        asked = [row for row in range(rows) if (row + self.state.global_step) % stride == 0]
+        # At least one row of the global batch in every step: without, there is no error rate.
+        stride = min(share, self._rows_together())
+        asked = [row for row, place in enumerate(places) if (place + self.state.global_step) % stride == 0]
+        counts = bool(asked)
+        asked = asked or [0]  # not counted; DDP wants a forward of every process
         learned = pairs.learned
         row = torch.tensor(asked, device=learned.device)
         index = learned[row].flatten().nonzero()[:, 0]
@@ -206,10 +227,11 @@ class FalconTrainer(Trainer):
         distance = torch.zeros(rows, device=learned.device)
         distance[row] = hamming_distance(drafted.view(len(asked), -1), said, learned[row]).float()
         if share > 1:  # by the share, as processes must agree on whether they add up
-            sums = self._over_processes(torch.stack([distance.sum(), learned[row].sum().float()]))
+            sums = torch.stack([distance.sum(), learned[row].sum().float()])
+            sums = self._over_processes(sums if counts else torch.zeros_like(sums))
             estimated = learned.sum(-1) * (sums[0] / sums[1].clamp_min(1))
             measured = torch.zeros(rows, dtype=torch.bool, device=learned.device)
-            measured[row] = True
+            measured[row] = counts
             distance = torch.where(measured, distance, estimated)
         longest = args.glance_longest_run or max(1, k - 1)
         uniform = draws.uniform("glance", columns // k + 2, 3)
@@ -217,12 +239,6 @@ class FalconTrainer(Trainer):
         positions = learned.sum().clamp_min(1)
         self._note(glanced=replaced.sum() / positions, first_pass_error=distance.sum() / positions)
         return replaced
-
-    def _rollout_rows(self, rows: int, progress: float) -> int:
-        args = self.args
-        if args.rollout_passes < 2 or progress < args.rollout_start or args.rollout_share <= 0:
-            return 0
-        return max(1, round(args.rollout_share * rows))
 
     def _forward(
         self,
@@ -280,7 +296,7 @@ class FalconTrainer(Trainer):
         corrected: torch.Tensor | None,
         later: torch.Tensor,
     ) -> torch.Tensor:
-        """The weighted loss, a mean over the positions of the global batch."""
+        """The weighted loss, a mean over the positions of all processes' batches; accumulated batches count alike."""
         args = self.args
         targets = pairs.targets.flatten(0, 1)
         weights = [1.0] + [args.rollout_weight] * (len(outputs) - 1)
@@ -366,7 +382,7 @@ class FalconTrainer(Trainer):
             model = model.to(args.device)  # evaluate() may be the first call
         model.eval()
         tally = Tally(plan, args.device)
-        for inputs in self.get_eval_dataloader(dataset):
+        for inputs in self._eval_batches(dataset, whole):
             pairs = self._pairs(self._prepare_inputs(inputs))
             paired = pairs.paired[..., None]
 
@@ -385,6 +401,18 @@ class FalconTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
         return metrics
+
+    def _eval_batches(self, dataset: Any, padded: bool) -> Any:
+        """Batches of each dialogue once, shared out among the processes.
+
+        accelerate fills the last batches up with dialogues that were counted already: ``padded`` keeps to that, where a
+        forward waits for the other processes'.
+        """
+        data = self.eval_dataset if dataset is None else dataset
+        if padded or self.args.world_size == 1:
+            return self.get_eval_dataloader(dataset)
+        mine = Subset(data, range(self.args.process_index, len(data), self.args.world_size))
+        return DataLoader(mine, self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
 
     def _plan(self) -> EvaluationPlan:
         drafter: Any = self.accelerator.unwrap_model(self.model)
