@@ -49,9 +49,12 @@ def test_excluded_questions_are_not_answered(run: Run, repos: Path, tmp_path: Pa
         (("--stems", "nowhere.txt"), "No such file"),
         (("--exclude", "nowhere.jsonl"), "nowhere.jsonl"),
         (("--dtype", "int3"), "--dtype must be one of"),
+        (("--column", "prompt"), "--column: needs --prompts"),
+        (("--top-p", "0.5"), "--top-p: needs a --temperature"),
+        (("--prompts", "nowhere.jsonl", "--stems", "stems.txt"), "--stems: begins turns"),
     ],
 )
-def test_bad_input_is_one_line(run: Run, repos: Path, tmp_path: Path, options: tuple[str, str], message: str) -> None:
+def test_bad_input_is_one_line(run: Run, repos: Path, tmp_path: Path, options: tuple[str, ...], message: str) -> None:
     result = distill(run, repos, tmp_path / "out", *options)
     assert result.exit_code == 2
     assert message in result.stderr

@@ -75,6 +75,9 @@ def test_whatever_is_wrong_is_one_line(run, repos, text, tmp_path, no_hub):
     assert_refused(run(*command(repos, text, tmp_path, "--tree", tmp_path / "none.json")), "none.json")
     assert_refused(run(*command(repos, text, tmp_path, "--lora-rank", 2)), "init_from")
     assert_refused(run(*command(repos, text, tmp_path, "--held-out", 16)), "16 dialogues")
+    assert_refused(run(*command(repos, text, tmp_path, "--steps", 4, "--epochs", 2)), "--epochs: --steps says")
+    assert_refused(run(*command(repos, text, tmp_path, "--features", "live", "--no-cached-laws")), "--cached-laws: not")
+    assert_refused(run(*command(repos, text, tmp_path, "--rollout-passes", 1, "--rollout-start", 0.1)), "2 or more")
 
 
 def test_a_drafter_to_go_on_from_must_be_one(run, repos, text, tmp_path):

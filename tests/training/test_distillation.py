@@ -144,7 +144,7 @@ def test_a_folder_from_before_there_was_a_digest_goes_on_without(target: Any, tm
     assert json.loads(path.read_text())["target_digest"] is None
 
 
-def test_prompts_from_a_file_end_the_run(target: Any, tmp_path: Path) -> None:
+def test_prompts_from_a_file_end_the_run(target: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     prompts = tmp_path / "prompts.jsonl"
     questions = ["What is it?", "What is  IT?", "Who?!", "A very long question " * 9]
     prompts.write_text("".join(json.dumps({"prompt": question}) + "\n" for question in questions))
@@ -153,8 +153,12 @@ def test_prompts_from_a_file_end_the_run(target: Any, tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     asked = sorted(tokenizer.decode(line["p"]) for line in dialogues(tmp_path / "out"))
     assert asked == ["<user>What is it?\n<assistant>", "<user>Who?!\n<assistant>"]
-    with pytest.raises(DistillationError, match="No prompt was left"):
-        run(target, tmp_path / "out", settings)
+    # A run that died before it saved its dataset can go on to do so, though there is nothing left to answer.
+    assert run(target, tmp_path / "out", settings) == 0
+    assert caplog.text.count("The prompts ran out at 2 of 9 dialogues") == 2
+    assert save_dataset(tmp_path / "out")[0] == 2
+    with pytest.raises(DistillationError, match="There was no prompt to answer"):
+        run(target, tmp_path / "none", replace(settings, max_prompt_tokens=4))
 
 
 def test_sampled_answers_repeat_with_the_seed(target: Any, tmp_path: Path) -> None:

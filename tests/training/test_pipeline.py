@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 
@@ -95,6 +96,33 @@ def test_resume_and_a_folder_in_use(tiny_target, text_file, tmp_path):
     assert recipe["run"]["steps"] == 12
 
 
+def test_a_finished_drafter_is_not_overwritten(tiny_target, tiny_drafter, text_file, tmp_path):
+    target = tiny_target(VOCAB)
+    tiny_drafter(target, 2, "linear").save_pretrained(tmp_path / "drafter")
+    before = {path: path.read_bytes() for path in (tmp_path / "drafter").rglob("*") if path.is_file()}
+    with pytest.raises(TrainingError, match="holds a drafter already"):
+        train(text_file, target, tmp_path)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "drafter").rglob("*") if path.is_file()}
+    assert not (tmp_path / "cache").exists()  # told before anything is computed
+
+
+@pytest.mark.parametrize(
+    ("change", "words"), [("held_out", ": held_out changed"), ("target", ": target_digest changed")]
+)
+def test_a_resume_with_other_text_or_target_is_refused(tiny_target, text_file, tmp_path, change, words):
+    """A fine-tune that leaves the embeddings alone has the same fingerprint: the digest sees it."""
+    target, brief = tiny_target(VOCAB), {"max_steps": 4, "eval_strategy": "no"}
+    train(text_file, target, tmp_path, given=brief)
+    other = copy.deepcopy(target)
+    with torch.no_grad():
+        other.model.layers[0].mlp.down_proj.weight.mul_(1.01)
+    assert fingerprint(other) == fingerprint(target)
+    plan = {"held_out": 5} if change == "held_out" else {}
+    with pytest.raises(TrainingError, match=words):
+        train(text_file, other if change == "target" else target, tmp_path, resume=True, given=brief, **plan)
+    train(text_file, target, tmp_path, resume=True, given={**brief, "max_steps": 5})  # the control
+
+
 @pytest.mark.parametrize(
     ("plan", "words"),
     [
@@ -124,13 +152,21 @@ def test_a_note_of_an_earlier_version_has_fewer_fields(tiny_target, text_file, t
     train(text_file, target, tmp_path, resume=True, given={"max_steps": 5, "eval_strategy": "no"})
 
 
-def test_a_disk_that_fills_up_while_a_checkpoint_is_written(tiny_target, text_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0: No space left on device"),
+    ],
+    ids=["python", "torch"],
+)
+def test_a_disk_that_fills_up_while_a_checkpoint_is_written(tiny_target, text_file, tmp_path, monkeypatch, error):
     """The training ends with an error; the checkpoint before it is whole, and is what a resume goes on from."""
     target, plain = tiny_target(VOCAB), torch.save
 
     def save(value, path, *more, **given):
         if "checkpoint-8" in str(path):
-            raise OSError(28, "No space left on device")
+            raise error
         return plain(value, path, *more, **given)
 
     monkeypatch.setattr(torch, "save", save)
@@ -154,11 +190,14 @@ def test_a_trained_drafter_goes_on(tiny_target, tiny_drafter, text_file, tmp_pat
     first = tiny_drafter(target, 2, "linear", draft_vocab_size=20)
     first.draft_vocab_ids.copy_(torch.arange(4, 24))
     first.save_pretrained(tmp_path / "first")
+    (tmp_path / "first" / "recipe.json").write_text('{"run": {"steps": 5}}')
     train(
         text_file, target, tmp_path, init_from=str(tmp_path / "first"), lora_rank=lora_rank,
         given={"learning_rate": 1e-2}, tree=[[0], [1], [2]],
     )  # fmt: skip
     second = FalconDrafter.from_pretrained(tmp_path / "drafter")
+    made = json.loads((tmp_path / "drafter" / "recipe.json").read_text())
+    assert made["started_from"] == {"run": {"steps": 5}}
     assert second.draft_vocab_ids.tolist() == list(range(4, 24))
     assert second.config.tree == [[0], [1], [2]]
     assert set(second.state_dict()) == set(first.state_dict())

@@ -20,6 +20,7 @@ from .console import (
     parse_dtype,
     parse_numbers,
     quiet,
+    refuse_options,
     set_threads,
     stderr,
     stdout,
@@ -28,6 +29,7 @@ from .loading import DEMO, load_target
 
 
 def distill(
+    command: typer.Context,
     output: Annotated[Path, typer.Option(help="Folder of the dataset. If it holds part of this run, the run goes on.")],
     target: Annotated[str, typer.Option(help="Hub repo or folder of the target, or 'demo'.")] = DEMO,
     dialogues: Annotated[int, typer.Option(min=1, help="How many dialogues the folder shall hold.")] = 10_000,
@@ -66,6 +68,12 @@ def distill(
 
     Example: falcon-hf distill --target HuggingFaceTB/SmolLM2-135M-Instruct --dialogues 20000 --output data
     """
+    if prompts is None:
+        refuse_options(command, {"column", "split"}, "needs --prompts")
+    else:
+        refuse_options(command, {"stems"}, "begins turns that the target makes itself, so not with --prompts")
+    if temperature == 0:
+        refuse_options(command, {"top_p"}, "needs a --temperature above 0")
     try:
         settings = DistillationSettings(
             dialogues=dialogues,

@@ -19,6 +19,7 @@ from .console import (
     parse_named_values,
     parse_numbers,
     quiet,
+    refuse_options,
     set_threads,
     stderr,
 )
@@ -32,6 +33,7 @@ _OPTION_HELP = (
 
 
 def train(
+    command: typer.Context,
     data: Annotated[
         list[Path],
         typer.Option(
@@ -124,6 +126,12 @@ def train(
         from ..training.process_group import end_process_group
     except ImportError as error:
         fail(f"Training needs further packages ({error}): pip install 'falcon_hf[train]'.")
+    if steps is not None:
+        refuse_options(command, {"epochs"}, "--steps says how long")
+    if features == "live":
+        refuse_options(command, {"cache", "cached_laws"}, "not with --features live, which keeps nothing")
+    if fusion == "lstm" or rollout_passes == 1:
+        refuse_options(command, {"rollout_share", "rollout_start"}, "needs --rollout-passes of 2 or more")
     started = time.monotonic()
     where = _device(device)
     target_dtype, compute_dtype = parse_dtype(dtype, where), parse_dtype(compute, where, "--compute")

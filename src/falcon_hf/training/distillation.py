@@ -26,7 +26,7 @@ from ..runtime.target import fingerprint
 from ..version import __version__
 from .batched_generation import Sampler, generate_texts, greedy
 from .errors import DistillationError
-from .features import target_digest
+from .features import held_digest
 from .prompts import chat_prompt, distinct, end_ids, made_turns, normalised, read_turns
 
 logger = logging.getLogger(__name__)
@@ -124,14 +124,14 @@ class FeatureFile:
 
 
 def distil(target: PreTrainedModel, tokenizer: Any, settings: DistillationSettings, output: Path) -> Iterator[Progress]:
-    """Answer prompts until the output folder holds ``settings.dialogues`` dialogues.
+    """Answer prompts until the output folder holds ``settings.dialogues`` dialogues, or, with a warning, all are used.
 
     Yields:
         The state after every finished dialogue, the same object each time.
 
     Raises:
         DistillationError: if the folder holds data of other settings or another target, another run is writing to it,
-            the target has no such feature layers, or the prompts run out of use.
+            the target has no such feature layers, or no prompt can be used.
     """
     last = int(target.config.get_text_config().num_hidden_layers)
     if wrong := [layer for layer in settings.feature_layers or [] if not 0 <= layer <= last]:
@@ -199,8 +199,14 @@ def _appended(
             progress.answer_tokens += len(text.tokens)
             progress.seconds = time.perf_counter() - started
             yield progress
-    if progress.dialogues == len(answered):
-        raise DistillationError("No prompt was left to answer: all are used, too long or excluded.")
+    if progress.dialogues == 0:
+        raise DistillationError("There was no prompt to answer: all are too long or excluded.")
+    if progress.dialogues < settings.dialogues:
+        logger.warning(
+            "The prompts ran out at %d of %d dialogues: the others are doubles, too long or excluded.",
+            progress.dialogues,
+            settings.dialogues,
+        )
 
 
 def _turns(
@@ -256,7 +262,7 @@ def _recipe(target: PreTrainedModel, settings: DistillationSettings) -> dict[str
         "target": target.config._name_or_path or type(target).__name__,
         "target_fingerprint": fingerprint(target),
         "target_dtype": str(target.dtype).removeprefix("torch."),
-        DIGEST: None if any(weight.is_meta for weight in target.parameters()) else target_digest(target),
+        DIGEST: held_digest(target),
         # A benchmark's questions are not for passing on: their hash says which they were.
         "settings": asdict(settings) | {"excluded": _digest(settings.excluded)},
         "versions": {

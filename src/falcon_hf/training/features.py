@@ -75,6 +75,11 @@ def target_digest(target: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
+def held_digest(target: PreTrainedModel) -> str | None:
+    """[`target_digest`], or None for a target whose weights are offloaded."""
+    return None if any(weight.is_meta for weight in target.parameters()) else target_digest(target)
+
+
 @torch.no_grad()
 def compute_features(
     target: PreTrainedModel,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,13 @@ from .batches import DialogueDataset
 from .dataset import joined, load_training_data, split
 from .errors import TrainingError
 from .feature_source import prepare_features
-from .features import Progress
+from .features import Progress, held_digest
 from .laws import LawCache
 from .losses import DraftHead
 from .new_drafter import make_drafter
 from .plan import SAVED_DTYPES, TrainingPlan
 from .recipe import data_recipe, make_recipe
-from .resuming import check_resume, last_checkpoint
+from .resuming import check_resume, last_checkpoint, refuse_drafter
 from .trainer import FalconTrainer
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,10 @@ def train_drafter(
     """
     say = report or logger.info
     keep_freed_memory()
+    checkpoints = Path(args.output_dir or ".")
+    checkpoint = last_checkpoint(checkpoints, resume)
+    if checkpoint is None:
+        refuse_drafter(plan.output)
     vocab_size = int(target.config.get_text_config().vocab_size)
     texts = [load_training_data(path, vocab_size, plan.max_length) for path in plan.data]
     data = joined(texts)
@@ -78,8 +83,13 @@ def train_drafter(
         f"{len(train)} dialogues of {len(train.tokens):,} tokens to train on ({int(train.loss_mask.sum()):,} to be "
         f"learned), {len(held_out)} held out"
     )
+    # What the drafter to go on from was made of, its own ancestors included.
+    started_from = None if plan.init_from is None else data_recipe(plan.init_from)
     torch.manual_seed(args.seed)  # weights of a new drafter; what transformers.Trainer does as well
     drafter = make_drafter(plan, target, train, held_out, tokenizer, say)
+    if args.process_index == 0:
+        same = {"data": data.sha256(), "held_out": len(held_out), "lora_rank": plan.lora_rank}
+        check_resume(checkpoints, checkpoint, drafter, same | {"target_digest": held_digest(target)})
     with args.main_process_first(local=False, desc="features"):
         cache = prepare_features(plan, target, texts, data, drafter.config.feature_layers, say, progress)
         laws = None
@@ -87,6 +97,8 @@ def train_drafter(
             say("the target's laws over the draft vocabulary, once for all epochs")
             laws = LawCache.build(cache, _law_head(drafter, target, args), progress)
     model: Any = drafter
+    if plan.lora_rank and (args.fsdp or args.deepspeed):
+        raise TrainingError("lora_rank cannot be merged from pieces: leave out fsdp and deepspeed; DDP works.")
     if plan.lora_rank:
         model = _with_lora(drafter, plan.lora_rank)
     trainer = FalconTrainer(
@@ -100,20 +112,13 @@ def train_drafter(
     if callbacks:
         trainer.remove_callback(PrinterCallback)
     started = time.time()
-    checkpoint = last_checkpoint(Path(args.output_dir or "."), resume)
-    if trainer.is_world_process_zero():
-        check_resume(Path(args.output_dir or "."), checkpoint, drafter, data.sha256(), plan.lora_rank)
-    try:
+    with _disk_errors(checkpoints):
         trainer.train(resume_from_checkpoint=checkpoint)
-    except (OSError, SafetensorError) as error:  # no room for a checkpoint
-        raise TrainingError(
-            f"The training broke off: {error}. The last whole checkpoint in {args.output_dir} is as it was: make room "
-            "and resume."
-        ) from error
     if len(held_out) and not _evaluated(trainer):
         trainer.evaluate()
-    if trainer.is_world_process_zero():
+    with _disk_errors(checkpoints):
         drafter = _finish(trainer, plan)
+    if trainer.is_world_process_zero():
         recipe = make_recipe(
             plan=asdict(plan),
             args=args,
@@ -137,11 +142,31 @@ def train_drafter(
                 "peak_memory_bytes": peak_memory(),
                 "parameters": drafter.num_parameters(),
             },
-            provenance=provenance or {},
+            provenance=(provenance or {}) | ({"started_from": started_from} if started_from else {}),
         )
-        (plan.output / "recipe.json").write_text(json.dumps(recipe, indent=2), encoding="utf-8")
+        with _disk_errors(checkpoints):
+            (plan.output / "recipe.json").write_text(json.dumps(recipe, indent=2), encoding="utf-8")
         say(f"saved to {plan.output}")
     return drafter
+
+
+@contextlib.contextmanager
+def _disk_errors(checkpoints: Path) -> Iterator[None]:
+    """A file that cannot be written is the user's to solve; nothing that was whole is lost.
+
+    Raises:
+        TrainingError: saying how to go on.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch.save writes by code of its own, whose errors are no OSErrors.
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        raise TrainingError(
+            f"The training broke off: {' '.join(str(error).split())}. The last whole checkpoint in {checkpoints} is as "
+            "it was: make room and resume."
+        ) from error
 
 
 def peak_memory() -> int | None:
@@ -178,9 +203,16 @@ def _evaluated(trainer: FalconTrainer) -> bool:
 
 
 def _finish(trainer: FalconTrainer, plan: TrainingPlan) -> FalconDrafter:
-    """Merge, round and save the trained drafter."""
+    """Merge and round the trained drafter, and save it from the main process; all processes call this."""
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
     model = trainer.accelerator.unwrap_model(trainer.model)
     drafter: FalconDrafter = model.merge_and_unload() if plan.lora_rank else model
-    drafter.eval().to(SAVED_DTYPES[plan.save_dtype])
-    drafter.save_pretrained(plan.output)
+    dtype = SAVED_DTYPES[plan.save_dtype]
+    if state is None:
+        drafter.eval().to(dtype)
+    else:  # the weights here are pieces
+        state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+    if trainer.is_world_process_zero():
+        drafter.save_pretrained(plan.output, state_dict=state)
     return drafter

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -34,15 +35,31 @@ def last_checkpoint(folder: Path, resume: bool) -> str | None:
     return found
 
 
-def check_resume(folder: Path, checkpoint: str | None, drafter: FalconDrafter, data: str, lora_rank: int) -> None:
-    """Note what is trained on what; on a resume, see that it is the same.
+def refuse_drafter(folder: Path) -> None:
+    """See that no finished drafter would be overwritten, with what its recipe and card say.
 
     Raises:
-        TrainingError: another drafter or other text than the checkpoint's.
+        TrainingError: one is there.
+    """
+    if (folder / "config.json").is_file():
+        raise TrainingError(f"{folder} holds a drafter already: name another output folder, or move it away.")
+
+
+def check_resume(folder: Path, checkpoint: str | None, drafter: FalconDrafter, same: dict[str, Any]) -> None:
+    """Note what is trained on what; on a resume, see that it is the same.
+
+    Args:
+        folder: of the checkpoints.
+        checkpoint: the one to go on from, if any.
+        drafter: whose shape must be the checkpoint's.
+        same: what else must be: hashes of text and target, by the names to complain of them.
+
+    Raises:
+        TrainingError: another drafter, target or other text than the checkpoint's.
     """
     note = folder / "training.json"
     shape = {name: value for name, value in drafter.config.to_dict().items() if name not in _FREE_FIELDS}
-    now = json.loads(json.dumps({"data": data, "lora_rank": lora_rank, **shape}))
+    now = json.loads(json.dumps({**same, **shape}))
     if checkpoint is None:
         folder.mkdir(parents=True, exist_ok=True)
         note.write_text(json.dumps(now), encoding="utf-8")
