@@ -144,6 +144,50 @@ def test_every_step_measures_some_rows(tiny_target, tiny_drafter, tiny_text, tmp
     assert min(errors) > 0.3
 
 
+@pytest.mark.parametrize("glance_loss", ["unreplaced", "all"])
+@pytest.mark.parametrize("block_size", [2, 3])
+def test_the_second_pass_is_shown_feature_and_token_of_the_same_pairs(
+    tiny_target, tiny_drafter, tiny_text, tmp_path, block_size, glance_loss
+):
+    """CSGD's coupling, in the trainer itself: both come from a block ahead, in the same columns, inside blocks.
+
+    The first pass sees the true pairs, so it says what the second one's were taken from.
+    """
+    target = tiny_target(VOCAB)
+    drafter = fresh(tiny_drafter, target, block_size)
+    passes, plain = [], drafter.forward
+
+    def forward(**given):
+        passes.append({name: value.detach().clone() for name, value in given.items()})
+        return plain(**given)
+
+    drafter.forward = forward
+    given = {"glance_lambda": 0.9, "first_pass_share": 1.0, "noise": 0.0, "glance_loss": glance_loss, "max_steps": 3}
+    train(drafter, target, tiny_text, tmp_path, **given)
+    assert len(passes) == 6
+    shown = 0
+    for true, seen in zip(passes[::2], passes[1::2], strict=True):
+        columns = true["features"].shape[1]
+        replaced = (seen["features"] != true["features"]).any(-1)
+        other = (seen["embeddings"] != true["embeddings"]).any(-1)
+        assert not (other & ~replaced).any()
+        assert other.sum() > 0.7 * replaced.sum()  # a token may be the one it replaces, a feature is not
+        rows, places = replaced.nonzero(as_tuple=True)
+        for name in ("features", "embeddings"):
+            assert torch.equal(seen[name][rows, places], true[name][rows, places + block_size])
+        block = (torch.arange(columns)[None] + seen["block_offset"][:, None]) // block_size
+        in_block = torch.zeros(len(replaced), columns // block_size + 2, dtype=torch.long)
+        in_block.scatter_add_(1, block, replaced.long())
+        assert in_block.max() < block_size  # no block is shown all its answers
+        chosen = torch.zeros(replaced.numel(), dtype=torch.bool).index_fill(0, seen["select"], True).view_as(replaced)
+        learned = torch.zeros(replaced.numel(), dtype=torch.bool).index_fill(0, true["select"], True)
+        learned = learned.view_as(replaced)
+        assert not (replaced & ~learned).any()
+        assert torch.equal(chosen, learned if glance_loss == "all" else learned & ~replaced)
+        shown += int(replaced.sum())
+    assert shown > 20
+
+
 class KilledError(RuntimeError):
     pass
 
