@@ -36,14 +36,25 @@ def result() -> dict[str, Any]:
 
 def test_one_pair_a_text_that_differs(result: dict[str, Any]) -> None:
     pairs = make_pairs(result, QUESTIONS, seed=0)
-    assert sorted((pair.question_id, pair.turn) for pair in pairs) == sorted(
-        [(n, 0) for n in range(COUNT - 1)] + [(0, 1)]
-    )
+    assert sorted(pair.question_id for pair in pairs) == list(range(COUNT - 1))  # one a question, of one of its turns
     for pair in pairs:
         texts = {pair.methods[0]: pair.left, pair.methods[1]: pair.right}
         assert texts["plain"].startswith("plain")
         assert "other" in texts["falcon"]
         assert len(pair.turns) == pair.turn + 1
+        assert pair.answers == ("plain 0",) * pair.turn
+    turns = {pair.turn for seed in range(9) for pair in make_pairs(result, QUESTIONS, seed) if pair.question_id == 0}
+    assert turns == {0, 1}
+
+
+def test_several_methods_do_not_give_plain_away(result: dict[str, Any]) -> None:
+    """No text comes twice: the one that did would be plain's."""
+    result["runs"] += [{**run, "method": "lookup", "text": "third " + run["text"]}
+                       for run in result["runs"] if run["method"] == "falcon" and "text" in run]  # fmt: skip
+    pairs = make_pairs(result, QUESTIONS, seed=0)
+    shown = [text for pair in pairs for text in (pair.left, pair.right)]
+    assert len(shown) == len(set(shown)) == 2 * (COUNT - 1)
+    assert {method for pair in pairs for method in pair.methods} == {"plain", "falcon", "lookup"}
 
 
 def test_sides_and_order_are_drawn_by_the_seed(result: dict[str, Any]) -> None:
@@ -58,7 +69,7 @@ def test_the_page_does_not_say_who_is_who(result: dict[str, Any], tmp_path: Path
     key = write_sheet(result, QUESTIONS, tmp_path / "sheet.html", seed=3)
     page = (tmp_path / "sheet.html").read_text(encoding="utf-8")
     assert "falcon" not in page
-    assert page.count("<section>") == COUNT
+    assert page.count("<section>") == COUNT - 1
     assert "&lt;b&gt;other&lt;/b&gt; 3" in page
     assert "<b>other" not in page
     assert "Why 3 &lt; 4?" in page
@@ -72,14 +83,21 @@ def test_the_page_does_not_say_who_is_who(result: dict[str, Any], tmp_path: Path
 
 def test_score(result: dict[str, Any], tmp_path: Path) -> None:
     key = json.loads(write_sheet(result, QUESTIONS, tmp_path / "sheet.html").read_text(encoding="utf-8"))
+    assert f"sheet: '{key['sheet']}'" in (tmp_path / "sheet.html").read_text(encoding="utf-8")
+
+    def rated(choices: list[Any], sheet: str = key["sheet"]) -> dict[str, Any]:
+        return {"sheet": sheet, "choices": choices}
+
+    count = COUNT - 1
     for_falcon = ["left" if pair["left"] == "falcon" else "right" for pair in key["pairs"]]
-    assert score(for_falcon, key) == {"falcon": {"preferred": COUNT, "plain": 0, "equal": 0}}
+    assert score(rated(for_falcon), key) == {"falcon": {"preferred": count, "plain": 0, "equal": 0}}
     for_plain = ["left" if pair["left"] == "plain" else "right" for pair in key["pairs"]]
-    assert score([*for_plain[:2], "equal", *[None] * (COUNT - 3)], key)["falcon"] == {
+    assert score(rated([*for_plain[:2], "equal", *[None] * (count - 3)]), key)["falcon"] == {
         "preferred": 0, "plain": 2, "equal": 1,
     }  # fmt: skip
-    for wrong in ([], ["both"] * COUNT):
-        with pytest.raises(BenchError, match="not ratings of this sheet"):
+    other = json.loads(write_sheet(result, QUESTIONS, tmp_path / "other.html", seed=1).read_text(encoding="utf-8"))
+    for wrong in (rated([]), rated(["both"] * count), rated(for_falcon, other["sheet"]), {}):
+        with pytest.raises(BenchError, match="not ratings of the sheet"):
             score(wrong, key)
 
 

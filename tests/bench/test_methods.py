@@ -45,6 +45,8 @@ def test_every_file_of_the_folder_is_a_method() -> None:
 
 def test_labels_are_parsed() -> None:
     specs = parse_methods(" plain, falcon:drafter=some/repo:tree=a.json,falcon, k1=falcon:verifier=follow")
+    (json,) = parse_methods('falcon:lookup={"length": 8, "matches": [2, 3]}:auto_off=true')
+    assert json.settings == {"lookup": '{"length": 8, "matches": [2, 3]}', "auto_off": "true"}
     assert [spec.label for spec in specs] == ["plain", "falcon:drafter=some/repo:tree=a.json", "falcon", "k1"]
     assert specs[1].settings == {"drafter": "some/repo", "tree": "a.json"}
     assert (specs[3].method.name, specs[3].settings) == ("falcon", {"verifier": "follow"})
@@ -251,10 +253,11 @@ def test_fields_of_the_drafters_config(chat_target: Any, drafter_path: Path) -> 
     context = MethodContext(chat_target, str(drafter_path))
     method: Any = build_method("falcon:auto_off=true:verifier=rejection", context)
     assert method.drafter.config.auto_off is True
-    assert method.provenance()["config"] == {"auto_off": True, "verifier": "rejection"}
+    assert method.provenance()["config"] == {"auto_off": True, "lookup": None, "verifier": "rejection"}
     looked: Any = build_method("falcon:tree=dynamic6:lookup={}", context)
     assert looked.drafter.config.lookup == {}
-    assert "config" not in build_method("falcon", context).provenance()
+    own = {"auto_off": False, "lookup": None, "verifier": "follow"}  # an edit of its config.json is another run
+    assert build_method("falcon", context).provenance()["config"] == own
     with pytest.raises(BenchError, match="verifier must be one of"):
         build_method("falcon:verifier=hope", context)
     with pytest.raises(BenchError, match="auto_off"):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from falcon_hf.bench.errors import BenchError
-from falcon_hf.bench.questions import Question, prompt_ids, read_question_file, read_questions
+from falcon_hf.bench.questions import Question, QuestionSet, prompt_ids, read_question_file, read_questions
 
 from .tiny import byte_tokenizer
 
@@ -33,11 +33,26 @@ def test_reads_all_turns_and_skips_empty_lines(tmp_path: Path) -> None:
 def test_limit(question_file: Path) -> None:
     whole = read_question_file(question_file)
     assert whole.sha256 == hashlib.sha256(question_file.read_bytes()).hexdigest()
-    assert [question.question_id for question in whole.first(2).questions] == [81, 82]
-    assert whole.first(None) == whole
+    assert [question.question_id for question in whole.some(2).questions] == [81, 82]
+    assert whole.some(None) == whole
     for limit in (0, -1, 4):
         with pytest.raises(BenchError, match="ask for 1 to 3, not"):
-            whole.first(limit)
+            whole.some(limit)
+
+
+def test_some_are_spread_over_the_categories() -> None:
+    kinds = ["a"] * 3 + ["b"] * 3 + ["c"] + ["a"]
+    whole = QuestionSet.of("set", [Question(number, kind, ("?",)) for number, kind in enumerate(kinds)])
+    chosen = [[question.question_id for question in whole.some(limit).questions] for limit in (1, 3, 5, 8)]
+    assert chosen == [[0], [0, 3, 6], [0, 1, 3, 4, 6], list(range(8))]
+    assert whole.some(3).sha256 == whole.sha256
+
+
+def test_lines_end_at_line_feeds_alone(tmp_path: Path) -> None:
+    """JSON strings may hold U+2028 and their like, and Windows editors put a mark before the first line."""
+    path = tmp_path / "file.jsonl"
+    path.write_text("\ufeff" + GOOD.replace("2 + 2?", "2\u2028+\u20292\u0085?") + "\r\n", encoding="utf-8")
+    assert read_questions(path)[0].turns[0] == "2\u2028+\u20292\u0085?"
 
 
 @pytest.mark.parametrize(

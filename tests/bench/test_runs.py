@@ -315,6 +315,8 @@ def test_goes_on_after_a_kill(chat_target: Any, question_file: Path, tmp_path: P
         (GREEDY, {"turns": 0}, "batch size and the number of turns"),
         ({**GREEDY, "stop_strings": ["a"]}, {"batch_size": 2}, "use a batch size of 1"),
         ({"stopping_criteria": object()}, {}, "must be JSON values"),
+        ({**GREEDY, "num_return_sequences": 2}, {}, "num_return_sequences changes what generate"),
+        ({**GREEDY, "output_scores": True}, {}, "output_scores changes what generate"),
         ({"temperature": float("nan"), "do_sample": True}, {}, "must be JSON values"),
         ({**GREEDY, "num_beams": 2}, {}, "falcon cannot run with these options: num_beams=2"),
         ({**GREEDY, "no_such_option": 2}, {}, "plain cannot run with these options: .*no_such_option"),

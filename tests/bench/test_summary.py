@@ -88,6 +88,14 @@ def test_round_breakdown() -> None:
     assert (timed["prefill_ms"], timed["outside_ms"]) == (pytest.approx(200), pytest.approx(500))
 
 
+def test_prefill_is_of_a_call_whatever_its_batch() -> None:
+    """A row has its share of a batch's time: two halves are one call."""
+    half = {name: value / 2 for name, value in PHASED.items()}
+    rows = [entry("m", row, 0.75, 9, statistics=half, batch=[1, 2]) for row in (1, 2)]
+    timed = summarise(rows, ["m"])["m"]["round"]
+    assert (timed["prefill_ms"], timed["outside_ms"]) == (pytest.approx(200), pytest.approx(500))
+
+
 def test_no_breakdown_without_phases_or_rounds() -> None:
     assert summarise([entry("m", 1, 1.0, 10)], ["m"])["m"]["round"] is None
     no_round = {**PHASED, "rounds": 0}

@@ -6,11 +6,13 @@ JSON from the page; [`score`] counts them with the key. Texts of float32 do not 
 
 from __future__ import annotations
 
+import hashlib
 import html
+import itertools
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -25,9 +27,13 @@ CHOICES = ("left", "right", "equal")
 
 @dataclass(frozen=True)
 class Pair:
-    """Two texts on one prompt, ``left`` and ``right`` as the rater sees them; ``methods`` in the same order."""
+    """Two texts on one prompt, ``left`` and ``right`` as the rater sees them; ``methods`` in the same order.
+
+    ``turns`` are the user's, ``answers`` those given to all but the last.
+    """
 
     turns: tuple[str, ...]
+    answers: tuple[str, ...]
     left: str
     right: str
     methods: tuple[str, str]
@@ -36,9 +42,10 @@ class Pair:
 
 
 def make_pairs(result: Result, questions: QuestionSet, seed: int) -> list[Pair]:
-    """One pair for each question and turn on which a method differs from plain, sides and order drawn by ``seed``.
+    """One pair for each question on which a method differs from plain, sides and order drawn by ``seed``.
 
-    Of repeats and seeds the first is taken.
+    Of a question's turns and methods that differ one is drawn, as plain's text in two pairs would say whose it is. Of
+    repeats and seeds the first is taken.
 
     Raises:
         BenchError: if ``questions`` are not the result's, the result has no texts, or none differs.
@@ -53,16 +60,19 @@ def make_pairs(result: Result, questions: QuestionSet, seed: int) -> list[Pair]:
         raise BenchError("The result has no texts (format 1, or a run without plain): run falcon-hf bench again.")
     plain = {(entry["question_id"], entry.get("turn", 0)): entry for entry in runs if entry["method"] == BASELINE}
     draw = random.Random(seed)
-    pairs = []
+    differing: dict[int | str, list[dict[str, Any]]] = {}
     for entry in runs:
-        if entry["identical"] is not False:
-            continue
+        if entry["identical"] is False:
+            differing.setdefault(entry["question_id"], []).append(entry)
+    pairs = []
+    for entry in map(draw.choice, differing.values()):
         place = (entry["question_id"], entry.get("turn", 0))
         sides = [(BASELINE, plain[place]["text"]), (entry["method"], entry["text"])]
         draw.shuffle(sides)
         (left_method, left), (right_method, right) = sides
         turns = by_id[place[0]].turns[: place[1] + 1]
-        pairs.append(Pair(turns, left, right, (left_method, right_method), *place))
+        answers = tuple(plain[place[0], turn]["text"] for turn in range(place[1]))
+        pairs.append(Pair(turns, answers, left, right, (left_method, right_method), *place))
     if not pairs:
         raise BenchError("Every text is plain's; there is nothing to rate.")
     draw.shuffle(pairs)
@@ -81,6 +91,7 @@ def write_sheet(result: Result, questions: QuestionSet, path: Path, seed: int = 
     pairs = make_pairs(result, questions, seed)
     key_path = path.with_suffix(".key.json")
     key = {
+        "sheet": _sheet_id(pairs),
         "seed": seed,
         "questions": result["settings"]["questions"]["file"],
         "pairs": [
@@ -97,21 +108,27 @@ def write_sheet(result: Result, questions: QuestionSet, path: Path, seed: int = 
     return key_path
 
 
-def score(ratings: Sequence[str | None], key: dict[str, Any]) -> dict[str, dict[str, int]]:
+def _sheet_id(pairs: Sequence[Pair]) -> str:
+    """What tells one sheet from another, in its page, its key and the ratings saved from it."""
+    return hashlib.sha256(json.dumps([asdict(pair) for pair in pairs]).encode()).hexdigest()[:12]
+
+
+def score(ratings: dict[str, Any], key: dict[str, Any]) -> dict[str, dict[str, int]]:
     """For each method, how often a rater preferred it, plain, or neither; unrated pairs are left out.
 
     Args:
-        ratings: one of [`CHOICES`] a pair or None, in the sheet's order, as the page saves them.
+        ratings: the content of the file that the page saves: the ``sheet``, and as ``choices`` one of [`CHOICES`] a
+            pair or None, in the sheet's order.
         key: the content of the key file.
 
     Raises:
         BenchError: if the ratings are not this key's.
     """
-    pairs = key["pairs"]
-    if len(ratings) != len(pairs) or not set(ratings) <= {*CHOICES, None}:
-        raise BenchError(f"These are not ratings of this sheet: it has {len(pairs)} pairs.")
+    pairs, choices = key["pairs"], ratings.get("choices", ())
+    if ratings.get("sheet") != key["sheet"] or len(choices) != len(pairs) or not set(choices) <= {*CHOICES, None}:
+        raise BenchError(f"These are not ratings of the sheet {key['sheet']}, which has {len(pairs)} pairs.")
     counts: dict[str, dict[str, int]] = {}
-    for rating, pair in zip(ratings, pairs, strict=True):
+    for rating, pair in zip(choices, pairs, strict=True):
         method = pair["left"] if pair["right"] == BASELINE else pair["right"]
         own = counts.setdefault(method, {"preferred": 0, BASELINE: 0, "equal": 0})
         if rating == "equal":
@@ -122,11 +139,16 @@ def score(ratings: Sequence[str | None], key: dict[str, Any]) -> dict[str, dict[
 
 
 def _page(pairs: Sequence[Pair]) -> str:
-    return _PAGE.substitute(count=len(pairs), pairs="\n".join(map(_pair, range(len(pairs)), pairs)))
+    sections = "\n".join(map(_pair, range(len(pairs)), pairs))
+    return _PAGE.substitute(count=len(pairs), sheet=_sheet_id(pairs), pairs=sections)
 
 
 def _pair(number: int, pair: Pair) -> str:
-    turns = "".join(f"<p>{_escape(turn)}</p>" for turn in pair.turns)
+    said = itertools.zip_longest(pair.turns, pair.answers, fillvalue="")
+    turns = "".join(
+        f"<p>{_escape(turn)}</p>" + (f"<p class=answer>{_escape(answer)}</p>" if answer else "")
+        for turn, answer in said
+    )
     if len(pair.turns) > 1:
         turns = (
             "<p class=note>The last of these turns is answered; both sides had the same answers before it.</p>" + turns
@@ -154,6 +176,7 @@ body { font: 16px/1.5 sans-serif; max-width: 75rem; margin: 2rem auto; padding: 
 section { border-top: 2px solid #888; margin-top: 2rem; }
 .prompt { background: #eef3f8; padding: .5rem 1rem; white-space: pre-wrap; }
 .note { color: #555; font-size: .9em; }
+.answer { margin-left: 2rem; color: #444; }
 .sides { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font: inherit; border: 1px solid #ccc; padding: .5rem 1rem; }
 label { margin-right: 2rem; }
@@ -177,7 +200,8 @@ const show = () => {
 document.addEventListener('change', show); show();
 document.getElementById('save').onclick = () => {
   const link = document.createElement('a');
-  link.href = URL.createObjectURL(new Blob([JSON.stringify(choices())], {type: 'application/json'}));
+  const ratings = JSON.stringify({sheet: '$sheet', choices: choices()});
+  link.href = URL.createObjectURL(new Blob([ratings], {type: 'application/json'}));
   link.download = 'ratings.json'; link.click();
 };
 </script></body></html>

@@ -90,4 +90,13 @@ def describe_target(target: PreTrainedModel) -> dict[str, Any]:
         "dtype": str(target.dtype).removeprefix("torch."),
         "attention": target.config._attn_implementation,
         "parameters": target.num_parameters(),
+        # A model may come with penalties or a temperature of its own.
+        "generation_config": _chosen(target.generation_config),
     }
+
+
+def _chosen(config: Any) -> dict[str, Any]:
+    """What a generation config has that is not transformers' default, special tokens and versions left out."""
+    given = {} if config is None else config.to_diff_dict()
+    ruled_out = ("_token_id", "transformers_version", "_from_model_config")
+    return {name: value for name, value in given.items() if not name.endswith(ruled_out)}

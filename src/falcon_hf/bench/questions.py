@@ -6,6 +6,7 @@ The Hub's MT-Bench calls ``turns`` ``prompt``; both are read. Named sets are in 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -34,7 +35,7 @@ class QuestionSet:
         name: a file's name, or a named set's.
         questions: in order.
         sha256: of the file's bytes, or of the questions where there is no one file.
-        size: questions of the whole set, of which ``questions`` may be the first.
+        size: questions of the whole set, of which ``questions`` may be some.
     """
 
     name: str
@@ -49,8 +50,10 @@ class QuestionSet:
             sha256 = hashlib.sha256(json.dumps([asdict(one) for one in questions]).encode()).hexdigest()
         return cls(name, tuple(questions), sha256, len(questions))
 
-    def first(self, limit: int | None) -> QuestionSet:
-        """The first ``limit`` questions; all for None.
+    def some(self, limit: int | None) -> QuestionSet:
+        """``limit`` questions spread evenly over the categories, each category's first ones; all for None.
+
+        Question files are sorted by category, so their first lines would be of one or two.
 
         Raises:
             BenchError: if ``limit`` is below 1 or above the count.
@@ -59,7 +62,12 @@ class QuestionSet:
             return self
         if not 1 <= limit <= self.size:
             raise BenchError(f"{self.name} has {self.size} questions; ask for 1 to {self.size}, not {limit}.")
-        return QuestionSet(self.name, self.questions[:limit], self.sha256, self.size)
+        of_category: dict[str, list[int]] = {}
+        for index, question in enumerate(self.questions):
+            of_category.setdefault(question.category, []).append(index)
+        in_turn = (index for round_ in itertools.zip_longest(*of_category.values()) for index in round_)
+        chosen = sorted(itertools.islice((index for index in in_turn if index is not None), limit))
+        return QuestionSet(self.name, tuple(self.questions[index] for index in chosen), self.sha256, self.size)
 
 
 def read_question_file(path: Path | str) -> QuestionSet:
@@ -78,7 +86,8 @@ def read_questions(path: Path | str) -> list[Question]:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): JSON strings may hold the line separators of Unicode as they are. And some begin with a BOM.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BenchError(f"The question file {path} cannot be read: {_reason(error)}.") from error
     questions: list[Question] = []

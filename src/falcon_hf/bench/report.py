@@ -94,8 +94,8 @@ def describe(result: Result) -> str:
     parts = [
         f"{target['name']}, {target['dtype']}, {target['attention']} attention",
         f"{where}{processor_name(machine)}, {_counted(machine['threads'], 'thread')}",
-        f"{_turns(questions['turns'])} of {questions['count']} questions of {questions['file']} "
-        f"(sha256 {questions['sha256'][:12]}), "
+        f"{_turns(questions['turns'])} of {_counted(questions['count'], 'question')} of {questions['file']} "
+        f"(sha256 {questions['sha256'][:12]}{', chosen ' + questions['chosen'] if 'chosen' in questions else ''}), "
         f"{settings['options'].get('max_new_tokens', 'default')} new tokens at most, "
         f"{_counted(len(seeds), 'seed')}, {_counted(settings['repeats'], 'repeat')}",
         *([f"batches of {settings['batch_size']}"] if settings.get("batch_size", 1) > 1 else []),

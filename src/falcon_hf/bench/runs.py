@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 _WARMUP_TOKENS = 16
 # An answer decoded and read again may have a few tokens more.
 _RETOKENISED = 16
+# Options of generate() that change what a call returns, which is not for a run to decide.
+_RETURNS = ("num_return_sequences", "return_dict_in_generate", "output_", "streamer")
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ class RunPlan:
             raise BenchError("The batch size and the number of turns must be at least 1.")
         if self.batch_size > 1 and "stop_strings" in self.options:
             raise BenchError("stop_strings end rows where a batch shows no end token: use a batch size of 1.")
+        if returns := [name for name in self.options if name.startswith(_RETURNS)]:
+            raise BenchError(f"{returns[0]} changes what generate() returns; bench reads one text a prompt.")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise BenchError("Seeds must be one or more different numbers.")
         if len(self.seeds) > 1 and not self.generate_options["do_sample"]:
@@ -154,6 +158,7 @@ def settings(target: PreTrainedModel, methods: Sequence[Method], plan: RunPlan) 
             "file": plan.questions.name,
             "sha256": plan.questions.sha256,
             "count": len(plan.questions.questions),
+            **({} if len(plan.questions.questions) == plan.questions.size else {"chosen": "evenly by category"}),
             "turns": max(plan.asked(question) for question in plan.questions.questions),
         },
         "methods": {method.label: method.provenance() for method in methods},

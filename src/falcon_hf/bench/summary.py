@@ -117,8 +117,8 @@ def _agreement(entries: list[Entry]) -> dict[str, Any]:
 def _round(entries: list[Entry]) -> dict[str, Any] | None:
     """Milliseconds per round and shares of each phase; None for a method that does not time its phases.
 
-    ``prefill_ms`` and ``outside_ms`` are per call: the prompt's forward, and what ``generate()`` does before the
-    decoding loop and after it.
+    ``prefill_ms`` and ``outside_ms`` are per call of ``generate()``, a batch's too: the prompt's forward, and what
+    ``generate()`` does before the decoding loop and after it.
     """
     rounds = _total(entries, "rounds")
     if not rounds or any("draft_seconds" not in entry["statistics"] for entry in entries):
@@ -127,11 +127,12 @@ def _round(entries: list[Entry]) -> dict[str, Any] | None:
     decoding = seconds["total"] - seconds["prefill"]
     seconds["rest"] = decoding - sum(seconds[phase] for phase in PHASES[:-1])
     shares = {phase: seconds[phase] / decoding for phase in PHASES}
+    calls = sum(1 / len(entry.get("batch", [None])) for entry in entries)
     return {
         "ms": {phase: 1000 * seconds[phase] / rounds for phase in PHASES},
         "share": shares,
         "total_ms": 1000 * decoding / rounds,
         "overhead_share": shares["walk"] + shares["cache"] + shares["rest"],
-        "prefill_ms": 1000 * seconds["prefill"] / len(entries),
-        "outside_ms": 1000 * (_sum(entries, "seconds") - seconds["total"]) / len(entries),
+        "prefill_ms": 1000 * seconds["prefill"] / calls,
+        "outside_ms": 1000 * (_sum(entries, "seconds") - seconds["total"]) / calls,
     }

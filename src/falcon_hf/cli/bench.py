@@ -70,7 +70,9 @@ def bench(
     attention: Annotated[str | None, typer.Option(help="sdpa or eager; the target's own by default.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; CUDA if there is one by default.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own by default.")] = None,
-    num_questions: Annotated[int | None, typer.Option(help="The first so many; all by default.")] = None,
+    num_questions: Annotated[
+        int | None, typer.Option(help="So many, spread evenly over the set's categories; all by default.")
+    ] = None,
     turns: Annotated[int | None, typer.Option(min=1, help="Turns of a question at most; all by default.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions a call.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens a question.")] = 128,
@@ -99,7 +101,7 @@ def bench(
     try:
         specs = parse_methods(methods)
         plan = RunPlan(
-            find_questions(questions).first(num_questions),
+            find_questions(questions).some(num_questions),
             _options(
                 option, temperature, max_new_tokens=max_new_tokens, top_p=top_p, top_k=top_k,
                 repetition_penalty=repetition_penalty, no_repeat_ngram_size=no_repeat_ngram_size,

@@ -39,7 +39,7 @@ def read_prompts(source: str, tokenizer: Any, limit: int | None = None) -> Promp
     Args:
         source: a file, the name of a set, or ``org/dataset:file.jsonl``.
         tokenizer: the target's.
-        limit: the first so many; all by default.
+        limit: so many: the first of a list, spread evenly over the categories of a question set; all by default.
 
     Raises:
         TuningError: if there is no such file or set, or it has too few prompts.
@@ -56,7 +56,7 @@ def read_prompts(source: str, tokenizer: Any, limit: int | None = None) -> Promp
         name, sha256 = path.name, hashlib.sha256(path.read_bytes()).hexdigest()
     else:
         try:
-            found = find_questions(source).first(limit)
+            found = find_questions(source).some(limit)
         except BenchError as error:
             raise TuningError(str(error)) from error
         asked = [(question.turns[0], question.category) for question in found.questions]

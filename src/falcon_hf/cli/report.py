@@ -50,6 +50,8 @@ def report(
         text = render(contents, brief)
         if check and update is None:
             raise BenchError("--check compares with a file: add --update FILE.")
+        if check and (plots is not None or sheet is not None):
+            raise BenchError("--check writes nothing: leave out --plots and --sheet.")
         differs = update is not None and update_file(update, text, check)
         drawn = [] if plots is None else write_plots(contents, plots)
         key = None

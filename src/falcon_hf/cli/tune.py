@@ -66,7 +66,9 @@ def tune(
     drafter: Annotated[
         list[str] | None, typer.Option(help="Folder or Hub repo; give several to choose k among them.")
     ] = None,
-    num_prompts: Annotated[int | None, typer.Option(help="The first so many; all by default.")] = None,
+    num_prompts: Annotated[
+        int | None, typer.Option(help="So many, of questions spread evenly over the categories; all by default.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens a prompt.")] = 96,
     max_passes: Annotated[int, typer.Option(min=1, help="m: drafter passes a round, at most.")] = 4,
     max_nodes: Annotated[int, typer.Option(min=2, help="N: nodes of a tree, the root included, at most.")] = 64,

@@ -45,7 +45,7 @@ def parse_method(spec: str) -> MethodSpec:
     Raises:
         BenchError: on an unknown name or setting, or a label that a table could not show.
     """
-    head, *parts = spec.split(":")
+    head, *parts = _split(spec, ":")
     given, equals, name = head.rpartition("=")
     if equals and not _LABEL.fullmatch(given):
         raise BenchError(f"A label is letters, digits, '-', '_' and '.', got {given!r}.")
@@ -63,13 +63,25 @@ def parse_method(spec: str) -> MethodSpec:
     return MethodSpec(given if equals else spec, method, settings)
 
 
+def _split(text: str, separator: str) -> list[str]:
+    """The parts between separators, but for those inside the brackets of a JSON value."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "{[") - (character in "}]")
+        if character == separator and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
 def parse_methods(specs: str) -> list[MethodSpec]:
     """A comma-separated list of methods, checked: known ones, no label twice.
 
     Raises:
         BenchError: on an empty list, an unknown name or setting, or a label given twice.
     """
-    parsed = [parse_method(spec.strip()) for spec in specs.split(",") if spec.strip()]
+    parsed = [parse_method(spec.strip()) for spec in _split(specs, ",") if spec.strip()]
     if not parsed:
         raise BenchError(f"Name at least one method: {', '.join(sorted(METHODS))}.")
     labels = [spec.label for spec in parsed]

@@ -90,7 +90,7 @@ class Falcon(Method):
             "fusion": config.fusion,
             "draft_vocab_size": config.draft_vocab_size,
             **describe_tree(self.tree, config.block_size),
-            **({"config": self.overrides} if self.overrides else {}),
+            "config": {name: getattr(config, name) for name in FIELDS},
         }
 
     def row_statistics(self, new_tokens: int, forwards: int, rows: int, row: int) -> dict[str, float]:
