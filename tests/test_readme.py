@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from falcon_hf.bench.report import BEGIN, END, render
 from falcon_hf.bench.result_file import read_result
+from falcon_hf.bench.summary import summarise
 
 ROOT = Path(__file__).parents[1]
 CARD = ROOT / "hub_cards" / "falcon-smollm2-135m-instruct"
@@ -50,6 +52,13 @@ def test_tables_are_those_of_the_stored_results(path, names, brief):
     text = path.read_text(encoding="utf-8")
     shown = text[text.index(BEGIN) + len(BEGIN) : text.index(END)].strip()
     assert shown == render([read_result(result) for result in results(names)], brief).strip()
+
+
+def test_summaries_are_those_of_the_runs():
+    for path in results():
+        result = read_result(path)
+        found = json.loads(json.dumps(summarise(result["runs"], list(result["settings"]["methods"]))))
+        assert found == result["summary"], path.name
 
 
 def test_results_are_complete_and_float32_is_identical():
