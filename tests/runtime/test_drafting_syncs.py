@@ -22,6 +22,8 @@ TREES: dict[str, dict[str, Any]] = {
     "dynamic": {"tree": SPEC | {"calibration": calibration(2)}},
     "lookup": {"tree": SPEC, "lookup": {}},
     "pass_cost": {"tree": SPEC | {"pass_cost": 1e-6}},
+    "corrected": {"tree": TREE, "correction_rank": 4},
+    "corrected dynamic": {"tree": SPEC, "correction_rank": 4},
 }
 
 

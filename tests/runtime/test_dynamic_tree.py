@@ -14,10 +14,10 @@ from falcon_hf.runtime import tree_growth
 from falcon_hf.runtime.configuration_falcon_drafter import FUSIONS
 from falcon_hf.runtime.drafter_context import DrafterContext
 from falcon_hf.runtime.dynamic_tree import Calibration, DynamicTree, calibrated
-from falcon_hf.runtime.target import head_weight
+from falcon_hf.runtime.target import head_weight, input_embeddings
 from falcon_hf.runtime.target_session import TargetSession
 
-from .helpers import assert_same_text, prompt_ids
+from .helpers import assert_same_text, prompt_ids, with_correction
 from .test_batch import ENDING, GREEDY, batch, both
 from .test_candidate_generator import VOCAB, another_blocks_states, committed, path_features
 
@@ -45,17 +45,23 @@ def by_definition(drafter: Any, target: Any, features: Any, tokens: Any, spec: D
     for index in range(spec.passes):
         last: dict[tuple, float] = {}
         for start, score in boundary.items():
-            laws = (path_features(drafter, target, features, tokens, list(start)) @ head.T).log_softmax(-1)
             level = {start: score}
-            for law in laws.float():
-                best = law.topk(spec.candidates)
-                chances = best.values
-                if spec.calibration is not None:
-                    points, tables = spec.calibration.tensors(torch.device("cpu"))
-                    table = tables[min(index, len(tables) - 1), len(next(iter(level))) - len(start)]
-                    chances = torch.tensor([interpolated(float(x), points.tolist(), table.tolist()) for x in chances])
-                pairs = list(zip(best.indices.tolist(), chances.tolist(), strict=True))
-                level = {(*path, token): s + x for path, s in level.items() for token, x in pairs}
+            for position, estimate in enumerate(path_features(drafter, target, features, tokens, list(start))):
+                longer: dict[tuple, float] = {}
+                for path, s in level.items():
+                    own = estimate
+                    if drafter.correction is not None and position:
+                        before = input_embeddings(target, torch.tensor(path[-1])).to(drafter.dtype)
+                        own = drafter.correct(estimate, before)
+                    best = (own @ head.T).log_softmax(-1).float().topk(spec.candidates)
+                    chances = best.values.tolist()
+                    if spec.calibration is not None:
+                        points, tables = spec.calibration.tensors(torch.device("cpu"))
+                        table = tables[min(index, len(tables) - 1), position]
+                        chances = [interpolated(x, points.tolist(), table.tolist()) for x in chances]
+                    pairs = zip(best.indices.tolist(), chances, strict=True)
+                    longer |= {(*path, token): s + x for token, x in pairs}
+                level = longer
                 found |= level
             last |= level
         boundary = dict(sorted(last.items(), key=lambda item: -item[1])[: spec.width])
@@ -107,6 +113,21 @@ def test_the_tree_is_the_best_paths(tiny_target, tiny_drafter, block_size, fusio
     drafter = tiny_drafter(target, block_size, fusion, tree=spec)
     for pairs in (3, 6, 7):  # with fewer, start pairs are alike and so are their laws: ties
         assert tree_error(drafter, target, pairs) < 1e-4
+
+
+@pytest.mark.parametrize("calibrate", [False, True])
+@pytest.mark.parametrize("block_size", [2, 3])
+def test_the_tree_is_the_best_paths_under_corrected_laws(tiny_target, tiny_drafter, block_size, calibrate):
+    """The control: without the correction other paths are the best."""
+    target = tiny_target(VOCAB)
+    spec = LARGE | ({"calibration": calibration(block_size)} if calibrate else {})
+    drafter = with_correction(tiny_drafter(target, block_size, "linear", tree=spec, correction_rank=8))
+    assert tree_error(drafter, target) < 1e-4
+    plain = drafter.correct
+    drafter.correct = lambda estimates, _: estimates  # in the definition and the draft alike
+    assert tree_error(drafter, target) < 1e-4
+    drafter.correct = lambda estimates, before: estimates if estimates.dim() == 1 else plain(estimates, before)
+    assert tree_error(drafter, target) > 1e-2
 
 
 def every_block_visible(monkeypatch):

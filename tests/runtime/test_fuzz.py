@@ -18,7 +18,7 @@ from falcon_hf.runtime.configuration_falcon_drafter import FUSIONS
 from falcon_hf.runtime.target_session import cache_key
 
 from .families import tiny_family
-from .helpers import run
+from .helpers import run, with_correction
 from .test_batch import VOCAB, batch
 from .test_conformance import CHAIN_PAIRS, REFUSED_CELLS
 from .test_families import PAIRS
@@ -98,6 +98,7 @@ def draw_case(seed: int) -> dict[str, Any]:
         "lengths": tuple(draw.randint(1, 40) for _ in range(rows)),
         "cache": draw.choice(caches),
         "options": options,
+        "correction": draw.choice([None, None, 4]) if block_size > 1 else None,
     }
 
 
@@ -117,7 +118,10 @@ def test_random_configurations(chunk, tiny_drafter):
             num_hidden_layers=case["layers"],
             draft_vocab_size=case["draft_vocabulary"],
             intermediate_size=96,
+            correction_rank=case["correction"],
         )
+        if case["correction"]:
+            with_correction(drafter)
         inputs, options = batch(case["lengths"], seed), case["options"]
 
         def cache_options(kind: str, target: Any = target) -> dict[str, Any]:

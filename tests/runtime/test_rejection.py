@@ -15,7 +15,7 @@ import torch
 from falcon_hf import DraftTree, FalconCandidateGenerator
 from falcon_hf.runtime.rejection import Proposals, SiblingDraws, rejection_chances
 
-from .helpers import assert_same_text, prompt_ids, run
+from .helpers import assert_same_text, prompt_ids, run, with_correction
 from .test_batch import batch
 from .test_candidate_generator import VOCAB, committed
 
@@ -159,11 +159,14 @@ def test_choose_has_the_target_law():
     assert chi_square(counts, dict(enumerate(p.tolist()))) < 4
 
 
-def test_laws_of_a_tree_are_its_nodes(tiny_target, tiny_drafter):
+@pytest.mark.parametrize("correction", [None, 8])
+def test_laws_of_a_tree_are_its_nodes(tiny_target, tiny_drafter, correction):
     """Each node's children are those that the recorded law of its position gives, over a reduced vocabulary."""
     target = tiny_target(VOCAB)
     features, tokens = committed(target, 6)
-    drafter = tiny_drafter(target, 2, draft_vocab_size=12, tree=TREE)
+    drafter = tiny_drafter(target, 2, draft_vocab_size=12, tree=TREE, correction_rank=correction)
+    if correction is not None:
+        with_correction(drafter)
     drafter.draft_vocab_ids.copy_(torch.arange(1, VOCAB, 2))
     generator = FalconCandidateGenerator(drafter, target)
 

@@ -20,7 +20,7 @@ from .helpers import assert_same_text, prompt_ids
 from .test_batch import ENDING, GREEDY, batch, both
 from .test_candidate_generator import VOCAB, committed
 from .test_dynamic_tree import SAMPLED, SPEC, paths_of
-from .test_tree_growth import CANDIDATES, is_tree
+from .test_tree_growth import CANDIDATES, is_tree, ranked
 
 LOOKUP = SuffixLookup(length=5, min_match=2, acceptance=(0.3, 0.5, 0.9))
 
@@ -68,8 +68,7 @@ def growths(seed: int, rows: int = 2, nodes: int = 9) -> tuple[Growth, Growth]:
         boundary = growth.root()
         for index, width in enumerate((1, 3)):
             chances = torch.rand(rows, width, 2, CANDIDATES, generator=generator).log().sort(-1, descending=True).values
-            tokens = torch.arange(CANDIDATES).expand(chances.shape)
-            boundary = growth.next_boundary(*growth.block_levels(boundary, chances, tokens, index * 2, 2), 3)
+            boundary = growth.next_boundary(*growth.block_levels(boundary, ranked(chances), index * 2, 2), 3)
         made.append(growth)
     return made[0], made[1]
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from falcon_hf.runtime import tree_growth
 from falcon_hf.runtime.tree import ancestor_mask
-from falcon_hf.runtime.tree_growth import Growth, ancestors_of
+from falcon_hf.runtime.tree_growth import Growth, LevelLaws, ancestors_of
 
 ROWS, WIDTH, BLOCK, CANDIDATES, NODES = 2, 3, 2, 4, 9
 
@@ -19,9 +19,14 @@ def grown(chances: list[torch.Tensor]) -> Growth:
     growth = Growth(ROWS, NODES, torch.device("cpu"))
     boundary = growth.root()
     for index, each in enumerate(chances):
-        tokens = torch.arange(CANDIDATES).expand(each.shape)
-        boundary = growth.next_boundary(*growth.block_levels(boundary, each, tokens, index * BLOCK, BLOCK), WIDTH)
+        boundary = growth.next_boundary(*growth.block_levels(boundary, ranked(each), index * BLOCK, BLOCK), WIDTH)
     return growth
+
+
+def ranked(chances: torch.Tensor) -> LevelLaws:
+    """Laws of log chances ``[B, W, k, b]``, whatever the token before; tokens are the candidates' ranks."""
+    tokens = torch.arange(chances.shape[-1]).expand(chances.shape)
+    return lambda level, _: (chances[:, :, level, None], tokens[:, :, level, None])
 
 
 def is_tree(growth: Growth) -> bool:

@@ -117,12 +117,12 @@ def test_a_configs_tree_with_a_missing_parent_is_refused(tiny_target, tiny_draft
         FalconCandidateGenerator(tiny_drafter(target, tree=[[0], [1, 0]]), target)
 
 
-@given(tree_paths(), st.integers(1, 4))
-def test_passes_against_the_definition(paths, k):
+@given(tree_paths(), st.integers(1, 4), st.booleans())
+def test_passes_against_the_definition(paths, k, corrected):
     """Each pass as the module's docstring says it, row by row and node by node."""
     shape = TreeShape.from_paths(paths)
     nodes = [(), *shape.paths]
-    passes = shape.passes(k)
+    passes = shape.passes(k, corrected=corrected)
     assert len(passes) == math.ceil(shape.depth / k)
     seen_rows: list[tuple[tuple[int, ...], int]] = []  # (path the block hangs on, position in the block)
     previous: list[tuple[int, ...]] = []
@@ -131,14 +131,25 @@ def test_passes_against_the_definition(paths, k):
         start = number * k
         new = [path for path in shape.paths if start < len(path) <= start + k]
         boundary = sorted({path[:start] for path in new}, key=lambda path: [p[:start] for p in new].index(path))
-        assert (own.first_node, own.end_node) == (filled, filled + len(new))
-        assert [nodes[node] for node in range(own.first_node, own.end_node)] == new
-        filled = own.end_node
-        assert own.candidates == max(path[-1] for path in new) + 1
-        for path, source, rank in zip(new, own.source.tolist(), own.rank.tolist(), strict=True):
-            assert boundary[source // k] == path[:start]
-            assert source % k == len(path) - start - 1
-            assert rank == path[-1]
+        depths = sorted({len(path) for path in new}) if corrected else [None]
+        assert len(own.levels) == len(depths)
+        for level, depth in zip(own.levels, depths, strict=True):
+            mine = [path for path in new if depth in (None, len(path))]
+            assert (level.first_node, level.end_node) == (filled, filled + len(mine))
+            assert [nodes[node] for node in range(level.first_node, level.end_node)] == mine
+            filled = level.end_node
+            assert level.candidates == max(path[-1] for path in mine) + 1
+            for path, source, rank in zip(mine, level.source.tolist(), level.rank.tolist(), strict=True):
+                block, position = divmod(int(level.rows[source]), k)
+                assert boundary[block] == path[:start]
+                assert position == len(path) - start - 1
+                assert rank == path[-1]
+                if corrected and position:  # a law of the parent's own
+                    assert nodes[level.parents[source]] == path[:-1]
+                else:
+                    assert level.parents is None
+            if corrected:
+                assert len(level.rows) == len({path[:-1] for path in mine})
         rows = [(path, j) for path in boundary for j in range(k)] if number else []
         all_rows = seen_rows + rows
         assert own.visible.shape == (len(rows), len(all_rows))
@@ -157,4 +168,4 @@ def test_passes_against_the_definition(paths, k):
             assert own.row_nodes.numel() == own.row_features.numel() == own.parent_block.numel() == 0
         seen_rows, previous = all_rows, boundary
     assert filled == shape.size
-    assert all(index.dtype == torch.long for index in (passes[0].source, passes[0].rank))
+    assert all(index.dtype == torch.long for index in (passes[0].levels[0].source, passes[0].levels[0].rank))

@@ -14,7 +14,7 @@ from falcon_hf.training.evaluation import answer_ranks
 from falcon_hf.training.losses import DraftHead
 from falcon_hf.training.trainer import FalconTrainer
 
-from ..runtime.helpers import bushy_tree
+from ..runtime.helpers import bushy_tree, with_correction
 from .conftest import VOCAB, make_text
 
 
@@ -33,6 +33,7 @@ def evaluated(drafter, target, text, tmp_path, batch_size=5):
         (3, "linear", {"embedding_scale": 2.0}),
         (2, "lstm_stateless", {}),
         (4, "linear", {"draft_vocab_size": 20}),
+        (3, "linear", {"correction_rank": 8}),
     ],
 )
 def test_simulated_acceptance_is_that_of_generate(tiny_target, tiny_drafter, tmp_path, block_size, fusion, config):
@@ -40,6 +41,8 @@ def test_simulated_acceptance_is_that_of_generate(tiny_target, tiny_drafter, tmp
     target = tiny_target(VOCAB)
     tree = bushy_tree(VOCAB, depth=4, budget=3)
     drafter = tiny_drafter(target, block_size, fusion, tree=tree, **config)
+    if drafter.correction is not None:
+        with_correction(drafter)
     text = make_text(target, 5, seed=9)
     tokens = rounds = 0
     for row in range(len(text)):

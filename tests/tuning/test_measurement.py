@@ -22,15 +22,19 @@ from falcon_hf.tuning.rank_measurement import feature_layers, greedy_text, measu
 from falcon_hf.tuning.static_tree import best_tree, widths
 from falcon_hf.tuning.whole_calls import generate_with
 
-from ..runtime.helpers import prompt_ids
+from ..runtime.helpers import prompt_ids, with_correction
 
 
-@pytest.fixture(scope="module", params=[(1, "linear", None, None), (2, "lstm", None, [1, 2]), (3, "lstm", 17, None)])
+@pytest.fixture(scope="module", params=[
+    (1, "linear", {}), (2, "lstm", {"feature_layers": [1, 2]}), (3, "lstm", {"draft_vocab_size": 21}),
+    (2, "linear", {"correction_rank": 8}),
+])  # fmt: skip
 def pair(request, tiny_target, tiny_drafter):
     """A target and a drafter of its own, so that tests may put trees into it."""
-    k, fusion, draft_vocab, layers = request.param
+    k, fusion, config = request.param
     target = tiny_target()
-    return target, tiny_drafter(target, k, fusion, draft_vocab_size=draft_vocab, feature_layers=layers)
+    drafter = tiny_drafter(target, k, fusion, **config)
+    return target, drafter if drafter.correction is None else with_correction(drafter)
 
 
 @pytest.fixture(scope="module")

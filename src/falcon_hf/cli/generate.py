@@ -79,8 +79,10 @@ def generate(
         settings |= {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
         print_json(_as_dict(result) | settings)
         return
-    if rounds is not None:
+    if rounds is not None and rounds.rounds:
         rounds.show(tokenizer, torch.tensor([result.ids]), console=stdout)
+    elif rounds is not None:  # the answer's only token is the prefill's
+        _write(result.text)
     _write("\n")
     if not quiet_:
         stderr.print(_summary(result), style="dim", soft_wrap=True)

@@ -41,6 +41,7 @@ from .prompts import read_prompts
 from .tune_plan import curves, simulate
 from .tune_tables import check_table, choice_table, prediction_values
 
+_CHECKS = {"sweep", "settings", "check_prompts", "check_repeats", "dynamic"}
 # What must be equal for a stored calibration to be used again; of the prompts, not the name of their file.
 _SAME = ("target", "machine", "versions", "prompts", "plan")
 
@@ -92,7 +93,7 @@ def tune(
     dynamic: Annotated[
         bool,
         typer.Option(
-            "--dynamic", help="--check measures each tree as a dynamic one too; --apply writes a dynamic one."
+            "--dynamic", help="--check measures each tree as a dynamic one too; --apply writes what was fastest."
         ),
     ] = False,
     pictures: Annotated[Path | None, typer.Option(help="Folder for pictures: the best tree, the sweep, plans.")] = None,
@@ -124,7 +125,7 @@ def tune(
 
     Example: falcon-hf tune --prompts questions.jsonl --num-prompts 30 --output tune.json --apply my-drafter
     """
-    _refuse_ignored(command, simulated, cost_curves, check is not None, apply is not None, sweep)
+    _refuse_ignored(command, simulated, cost_curves, check is not None, sweep)
     try:
         if simulated:
             simulate(shape, gpu, gpus, acceptance, mode, context, max_passes, max_nodes, output, pictures, as_json)
@@ -182,7 +183,8 @@ def tune(
                 # The best tree of this drafter: another one's ranks and k are not its own.
                 own = next(one for one in found if one.shape is not None and one.drafter == receiver)
                 assert own.shape is not None
-                write_drafter_tree(apply, calibration.dynamic(own).tree if dynamic else own.shape)
+                if not dynamic:
+                    write_drafter_tree(apply, own.shape)
             result = None
             if check is not None:
                 options = calibration.options()
@@ -199,6 +201,10 @@ def tune(
                 )
                 result = compare(calibration, chosen, measured)
                 write_check(check, result)
+                if apply is not None and dynamic:  # what a dynamic tree is worth is known by now, and only now
+                    timed = [entry for entry in result["settings"] if entry["drafter"] == receiver]
+                    fastest = max(timed, key=lambda entry: float(entry["measured"]["tokens_per_second"]))
+                    write_drafter_tree(apply, fastest["tree"])
             if pictures is not None:
                 _draw(pictures, calibration, best, result if sweep else None)
     except (TuningError, BenchError, DrafterError) as error:
@@ -206,9 +212,7 @@ def tune(
     _show(found, result, output, apply, as_json)
 
 
-def _refuse_ignored(
-    command: typer.Context, simulated: bool, cost_curves: bool, checks: bool, applies: bool, sweeps: bool
-) -> None:
+def _refuse_ignored(command: typer.Context, simulated: bool, cost_curves: bool, checks: bool, sweeps: bool) -> None:
     """End the command if an option was given that what it does would not read."""
     every = {str(parameter.name) for parameter in command.command.params}
     if simulated:
@@ -218,9 +222,7 @@ def _refuse_ignored(
     else:
         refuse_options(command, _PLANNED, "only with --simulate (--shape with --cost-curves too)")
     if not checks:
-        refuse_options(command, {"sweep", "settings", "check_prompts", "check_repeats"}, "needs --check FILE")
-        if not applies:
-            refuse_options(command, {"dynamic"}, "needs --check FILE or --apply FOLDER")
+        refuse_options(command, _CHECKS, "needs --check FILE")
     elif sweeps:
         refuse_options(command, {"settings"}, "--sweep measures every size")
 
@@ -235,6 +237,8 @@ def _show(
     choice_table(found)
     if result is not None:
         check_table(result)
+    if found[0].shape is None:
+        stderr.print("No tree is predicted to beat plain decoding: this drafter does not pay here.", soft_wrap=True)
     if applied is not None:
         stderr.print(f"The best tree is now the tree of {applied}.", soft_wrap=True)
 

@@ -28,7 +28,8 @@ class EvaluationPlan:
         passes: how many passes to run; the tree's depth needs ceil(depth / k).
         head: the target's head over the draft vocabulary.
         draft_places: ``[V]``, each token's place in the draft vocabulary, -1 outside.
-        corrects: whether the drafter can correct its first pass for the token before, which is then measured too.
+        correct: the drafter's ``correct``, if it corrects laws for the token before; the first pass's accuracy without
+            it is measured too.
     """
 
     shape: TreeShape
@@ -36,7 +37,7 @@ class EvaluationPlan:
     passes: int
     head: DraftHead
     draft_places: torch.Tensor
-    corrects: bool = False
+    correct: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
 
 class Tally:
@@ -132,6 +133,7 @@ def evaluate_batch(
     embeddings = embed(pairs.tokens)
     rows, columns = pairs.tokens.shape
     places = plan.draft_places[pairs.answers]
+    previous = embed(F.pad(pairs.answers[:, :-1], (1, 0))).flatten(0, 1)  # of the token in front of each answer
     accepted = torch.zeros(rows, columns, dtype=torch.long)
     column = torch.arange(columns, device=device)
     for offset in range(k):
@@ -144,8 +146,6 @@ def evaluate_batch(
         further: dict[str, Any] = {}
         if plan.passes > 1:
             further = {"rollout_embeddings": embeddings, "rollout_selects": flat[1:]}
-        if plan.corrects:
-            further["previous_embeddings"] = embed(F.pad(pairs.answers[:, :-1], (1, 0)))
         out = model(
             features=features,
             embeddings=embeddings,
@@ -154,7 +154,6 @@ def evaluate_batch(
             **further,
         )
         first, *others = out if further else [out]
-        corrected = others.pop().flatten(0, 1).index_select(0, flat[0]) if plan.corrects else None
         estimates = [first.flatten(0, 1).index_select(0, flat[0]), *others]
         if offset == 0:  # one alignment is enough for the losses
             targets = pairs.targets.flatten(0, 1).index_select(0, flat[0])
@@ -166,12 +165,15 @@ def evaluate_batch(
         for number, (estimate, index) in enumerate(zip(estimates, flat, strict=True)):
             ranks = answer_ranks(estimate, places.flatten().index_select(0, index), plan.head, width)
             tally.add(number, ranks, place.index_select(0, index))
+            if plan.correct is not None:
+                behind = place.index_select(0, index) > 0
+                mine = index[behind]
+                better = plan.correct(estimate[behind], previous.index_select(0, mine))
+                ranks[behind] = answer_ranks(better, places.flatten().index_select(0, mine), plan.head, width)
+                if number == 0:
+                    tally.add(plan.passes, ranks[behind], place.index_select(0, mine))
             dense = torch.full((rows * columns,), MISSED, dtype=torch.long, device=device)
             pass_ranks.append(dense.index_copy_(0, index, ranks).view(rows, columns))
-        if corrected is not None:
-            here = place.index_select(0, flat[0])
-            ranks = answer_ranks(corrected, places.flatten().index_select(0, flat[0]), plan.head, width)
-            tally.add(plan.passes, ranks[here > 0], here[here > 0])
         begins = table.accepted(block_ranks(pass_ranks, k, min(table.depth, k * plan.passes)))
         starts = ((column + offset) % k == 0).cpu()
         accepted[:, starts] = begins[:, starts]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -54,6 +55,9 @@ def make_drafter(
                 f"{plan.init_from} was made for a target of width {config.hidden_size} and {config.vocab_size} tokens; "
                 f"this one has {text.hidden_size} and {text.vocab_size}."
             )
+        if "correction_rank" in plan.config:
+            drafter = _with_correction(drafter, plan.config["correction_rank"], plan.init_from)
+            config = drafter.config
         if plan.tree is not None:
             drafter.config.tree = plan.tree
         # It is this target's from now on: what generate() compares.
@@ -93,6 +97,27 @@ def make_drafter(
         shares = [f"{coverage(part, ids, vocab_size):.1%}" for part in (train, held_out) if len(part)]
         say(f"draft vocabulary of {len(ids)} tokens: {' of the training text, '.join(shares)} of the held-out text")
     return drafter.train()
+
+
+def _with_correction(drafter: FalconDrafter, rank: Any, source: str) -> FalconDrafter:
+    """The same drafter with a correction of this rank, which changes nothing until it is trained.
+
+    Raises:
+        TrainingError: if it has one already, or the rank is impossible.
+    """
+    if drafter.config.correction_rank is not None:
+        raise TrainingError(
+            f"{source} has a correction of rank {drafter.config.correction_rank}: it goes on with that."
+        )
+    config = copy.deepcopy(drafter.config)
+    config.correction_rank = rank
+    try:
+        config.validate()
+    except ValueError as error:
+        raise TrainingError(f"No such drafter: {error}") from error
+    corrected = FalconDrafter(config)
+    corrected.load_state_dict(drafter.state_dict(), strict=False)
+    return corrected
 
 
 def _typical_sizes(target: PreTrainedModel, data: TrainingData) -> tuple[float, float]:

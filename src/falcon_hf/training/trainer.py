@@ -420,5 +420,5 @@ class FalconTrainer(Trainer):
         passes = -(-shape.depth // k)
         if self._config.fusion == "lstm":
             passes = 1  # a rollout would have to carry states; the tree is cut at depth k
-        corrects = self._config.correction_rank is not None
-        return EvaluationPlan(shape, k, passes, self._head, self._draft_places, corrects)
+        correct = None if drafter.correction is None else drafter.correct
+        return EvaluationPlan(shape, k, passes, self._head, self._draft_places, correct)

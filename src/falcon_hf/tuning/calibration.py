@@ -114,7 +114,9 @@ class Calibration:
         }
         if prediction.passes > 1:
             another = costs.draft_seconds((1, prediction.width)) - costs.draft_seconds((1,))
-            entry["pass_cost"] = max(another / costs.verify_seconds(1), 1e-3)
+            drafts = costs.draft_seconds((1,) + (prediction.width,) * (prediction.passes - 1))
+            others = prediction.round_seconds - drafts
+            entry["pass_cost"] = max(another / max(others, another), 1e-3)
         return replace(prediction, kind="dynamic", dynamic=entry)
 
     def write(self, path: Path) -> None:

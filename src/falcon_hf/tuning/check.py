@@ -79,9 +79,9 @@ def spread_settings(options: Sequence[Option], count: int, max_passes: int, max_
     found = [ranked[0]]
     for option in options:
         k = option.model.block_size
-        fixed = [(TreeShape.paper(k).truncate(min(max_passes * k, option.model.depth)), "paper")]
-        fixed += [(chain(k), "chain"), (chain(min(max_passes * k, option.model.depth)), "chain")]
-        found += [predict(option, shape, kind) for shape, kind in fixed if shape.size <= max_nodes]
+        deepest = min(max_passes * k, option.model.depth)
+        found.append(predict(option, TreeShape.paper(k).truncate(deepest), "paper"))
+        found += [predict(option, chain(length), "chain") for length in (k, deepest) if length < max_nodes]
     sizes = [size for size in SWEEP_NODES if size <= max_nodes] or [max_nodes]
     cells = [grid(option, range(1, max_passes + 1), sizes) for option in options]
     spread = [prediction for one in cells for prediction in one]
@@ -143,11 +143,17 @@ def compare(
     """Predictions beside measurements; JSON values.
 
     ``error`` is |predicted - measured| / measured tokens per second; None for a dynamic tree, whose prediction is that
-    of a static one of its size. ``best_by_task`` says, for each task, which
-    setting was fastest and how far the predicted best one is from it.
+    of a static one of its size. ``best_by_task`` says, for each task that has a speed, which setting was fastest and
+    how far the predicted best one is from it.
+
+    Raises:
+        TuningError: if no answer is long enough to have a speed.
     """
     totals = [sum(own.values(), Measurement()) for own in measured]
     plain = totals[0]
+    if not all(own.tokens for own in totals):
+        raise TuningError("No answer has two tokens or more, so there is no speed: check on other prompts.")
+    timed = [task for task in measured[0] if all(own[task].tokens for own in measured)]
     entries: list[dict[str, Any]] = []
     for setting, own, by_task in zip(settings, totals[1:], measured[1:], strict=True):
         entries.append(
@@ -171,7 +177,7 @@ def compare(
                     "tokens_per_second": own.tokens_per_second,
                     "speedup": own.tokens_per_second / plain.tokens_per_second,
                 },
-                "by_task": {task: one.tokens_per_second / _plain(measured, task) for task, one in by_task.items()},
+                "by_task": {task: by_task[task].tokens_per_second / _plain(measured, task) for task in timed},
                 "error": None if setting.dynamic else abs(setting.tokens_per_second / own.tokens_per_second - 1),
             }
         )
@@ -191,7 +197,7 @@ def compare(
             "median_error": statistics.median(errors) if errors else None,
             "largest_error": max(errors, default=None),
             "predicted_best": best,
-            "best_by_task": {task: _best(entries, best, task) for task in measured[0]},
+            "best_by_task": {task: _best(entries, best, task) for task in timed},
             "best": _best(entries, best, None),
         },
     }

@@ -133,9 +133,10 @@ def tuned_trees(model: AcceptanceModel, passes: int, sizes: Sequence[int]) -> It
 
 @functools.lru_cache(maxsize=64)
 def candidates(model: AcceptanceModel, max_passes: int, max_nodes: int) -> dict[TreeShape, str]:
-    """All trees worth predicting for one drafter, each with its kind: tuned, chains, and the paper's, cut to fit.
+    """All trees worth predicting for one drafter, each with its kind: tuned, chains, and the paper's.
 
-    Costs play no part, so they are found once a model.
+    Tuned trees have ``max_nodes`` at most. The paper's is the rival to beat, so it is there whole whatever its size, if
+    there are passes enough, and cut to fit besides. Costs play no part, so they are found once a model.
     """
     k, found = model.block_size, {}
     depth = min(max_passes * k, model.depth)
@@ -143,7 +144,7 @@ def candidates(model: AcceptanceModel, max_passes: int, max_nodes: int) -> dict[
         found.update(dict.fromkeys(tuned_trees(model, passes, node_grid(max_nodes)), "tuned"))
     paper = TreeShape.paper(k)
     for cut in range(1, depth + 1):
-        if paper.truncate(cut).size <= max_nodes:
+        if cut == paper.depth or paper.truncate(cut).size <= max_nodes:
             found[paper.truncate(cut)] = "paper"
         if cut < max_nodes:
             found[chain(cut)] = "chain"

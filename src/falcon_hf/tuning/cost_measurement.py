@@ -25,7 +25,8 @@ from .calibration import DraftTime, VerifyTime
 from .errors import TuningError
 from .rank_measurement import GreedyText
 
-VERIFY_NODES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+# Both sides of where products change their kernels (see ``runtime/few_rows.py``): between them costs jump.
+VERIFY_NODES = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 17, 24, 32, 33, 48, 64, 96, 128)
 DRAFT_WIDTHS = (1, 2, 4, 8, 16)
 # Candidates of the first pass that a probe asks for at least: the root's children.
 _ROOT_CHILDREN = 10

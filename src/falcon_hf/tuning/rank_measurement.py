@@ -87,7 +87,11 @@ class PathDrafter(FalconCandidateGenerator):
         for index, draft_pass in enumerate(plan.passes):
             if index > 0:
                 features, states = self._next_pass(draft_pass, path, features, states)
-            yield self.drafter.logits(features[0], self._head).float()
+            estimates = features[0]
+            if self.drafter.correction is not None:
+                behind = path[0, index * self.block_size :][1 : self.block_size]  # tokens before positions 2 to k
+                estimates = torch.cat((estimates[:1], self._corrected(estimates[1:], behind)))
+            yield self.drafter.logits(estimates, self._head).float()
         self.context.forget_tree()
 
 

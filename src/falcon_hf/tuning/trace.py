@@ -123,8 +123,8 @@ class GenerationTrace:
     def text(self, tokenizer: Any, output: Any, row: int = 0, prompt: bool = False) -> Text:
         """The row as coloured text for rich."""
         whole = Text()
-        for segment in self._shown(output, row, prompt):
-            whole.append(tokenizer.decode(segment.tokens), style=_STYLES[segment.kind])
+        for segment, words in self._shown(tokenizer, output, row, prompt):
+            whole.append(words, style=_STYLES[segment.kind])
         return whole
 
     def show(self, tokenizer: Any, output: Any, row: int = 0, console: Console | None = None) -> None:
@@ -142,13 +142,22 @@ class GenerationTrace:
         """The row as HTML; a hover says which round a token is of."""
         spans = [
             f'<span style="{_CSS[segment.kind]}" title="round {segment.round}, {segment.kind}">'
-            f"{html.escape(tokenizer.decode(segment.tokens))}</span>"
-            for segment in self._shown(output, row, prompt)
+            f"{html.escape(words)}</span>"
+            for segment, words in self._shown(tokenizer, output, row, prompt)
         ]
         return f'<div style="white-space:pre-wrap;font-family:monospace">{"".join(spans)}</div>'
 
-    def _shown(self, output: Any, row: int, prompt: bool) -> Iterator[Segment]:
-        return (segment for segment in self.segments(output, row) if prompt or segment.kind != "prompt")
+    def _shown(self, tokenizer: Any, output: Any, row: int, prompt: bool) -> Iterator[tuple[Segment, str]]:
+        """Each segment with what it adds to the text before it: a token alone may lack its space, or be half a sign."""
+        before: tuple[int, ...] = ()
+        known = ""
+        for segment in self.segments(output, row):
+            text = tokenizer.decode(before + segment.tokens)
+            words = text[len(known.rstrip("\ufffd")) :]  # which stands for the half that is there
+            if prompt or segment.kind != "prompt":
+                yield segment, words
+            if segment.kind != "rejected":
+                before, known = before + segment.tokens, text
 
 
 def _likeliest_below(parents: list[int], node: int) -> list[int]:
