@@ -67,6 +67,30 @@ def test_without_the_switch_it_costs_more(monkeypatch):
     assert simulate(128, 1.35, lambda _: 0.0)[0] > 1.3 * 128
 
 
+def short_texts(tokens: int, cost: float, forgets: bool) -> float:
+    """Time of 60 texts of ``tokens`` with a hopeless drafter, each with a switch of its own if it ``forgets``."""
+    now, spent = 0.0, 0.0
+    switch = SpeculationSwitch(True, clock=lambda: now)
+    for _ in range(60):
+        if forgets:
+            switch = SpeculationSwitch(True, clock=lambda: now)
+        now += 1000.0  # between calls, which is nobody's loss
+        switch.start()
+        for _ in range(tokens):
+            taken = cost if switch.drafts else 1.0
+            now, spent = now + taken, spent + taken
+            switch.record(1)
+    return spent
+
+
+@pytest.mark.parametrize("tokens", [8, 16, 32])
+@pytest.mark.parametrize("cost", [1.35, 4.5, 8.0])
+def test_many_short_texts_cost_five_percent_at_most(cost, tokens):
+    """The switch of one call goes on in the next; the control is one that forgets."""
+    assert short_texts(tokens, cost, forgets=False) < 1.05 * 60 * tokens
+    assert short_texts(tokens, cost, forgets=True) > 1.05 * 60 * tokens or cost < 2
+
+
 @pytest.mark.parametrize(("cost", "mean"), [(1.1, 0.6), (1.35, 1.5), (2.2, 2.5)])
 def test_a_good_drafter_drafts_on(cost, mean):
     """Within 7% of drafting in every round; the dearest of these gains little anyway."""
@@ -151,6 +175,24 @@ def test_with_the_real_clock(tiny_target, tiny_drafter):
     drafter = tiny_drafter(target, 2, tree={"kind": "dynamic", "nodes": 8, "passes": 3}, auto_off=True)
     assert_same_text(target, drafter, prompt_ids(VOCAB, 6), max_new_tokens=120, do_sample=False)
     assert drafter.last_generation.plain_rounds > drafter.last_generation.rounds // 2
+
+
+def test_the_books_go_on_with_the_next_call(tiny_target, tiny_drafter):
+    target = tiny_target(VOCAB)
+    drafter = tiny_drafter(target, 2, tree={"kind": "dynamic", "nodes": 8, "passes": 3}, auto_off=True)
+    options = {"max_new_tokens": 60, "do_sample": False, "pad_token_id": 0}
+    plain_rounds = []
+    for _ in range(3):
+        assert_same_text(target, drafter, prompt_ids(VOCAB, 6), **options)
+        plain_rounds.append(drafter.last_generation.plain_rounds / drafter.last_generation.rounds)
+    assert min(plain_rounds[1:]) > 0.8
+    (one,) = drafter.switches.values()
+    target.generate(**batch(), assistant_model=drafter, **options)
+    assert len(drafter.switches) == 2  # another batch size costs otherwise
+    drafter.config.auto_off = False
+    target.generate(**batch(), assistant_model=drafter, **options)
+    assert drafter.last_generation.plain_rounds == 0
+    assert one in drafter.switches.values()
 
 
 class Row:

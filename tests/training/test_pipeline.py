@@ -208,6 +208,31 @@ def test_a_trained_drafter_goes_on(tiny_target, tiny_drafter, text_file, tmp_pat
     assert_same_text(target, second, prompt_ids(VOCAB, 5), max_new_tokens=12)
 
 
+def test_a_trained_drafter_gains_a_correction(tiny_target, tiny_drafter, text_file, tmp_path, tiny_text):
+    """It starts as the drafter that it was, and is trained with the rest; one that is there stays."""
+    target = tiny_target(VOCAB)
+    first = tiny_drafter(target, 2, "linear")
+    first.save_pretrained(tmp_path / "first")
+    plan = plan_of(text_file, tmp_path, init_from=str(tmp_path / "first"), config={"correction_rank": 4})
+    made = make_drafter(plan, target, tiny_text, tiny_text)
+    assert made.config.correction_rank == 4
+    assert torch.equal(made.fusion.linear.weight, first.fusion.linear.weight)
+    assert not made.correction.up.any()
+    args = arguments(tmp_path, learning_rate=1e-2)
+    trained = train_drafter(plan, args, target)
+    assert trained.correction.up.any()
+    assert_same_text(
+        target, FalconDrafter.from_pretrained(tmp_path / "drafter"), prompt_ids(VOCAB, 5), max_new_tokens=12
+    )
+    again = plan_of(text_file, tmp_path, init_from=str(tmp_path / "drafter"), config={"correction_rank": 8})
+    with pytest.raises(TrainingError, match="has a correction of rank 4, which stays"):
+        make_drafter(again, target, tiny_text, tiny_text)
+    for rank, words in ((0, "at least 1"), ("x", "correction_rank must be")):
+        wrong = plan_of(text_file, tmp_path, init_from=str(tmp_path / "first"), config={"correction_rank": rank})
+        with pytest.raises(TrainingError, match=words):
+            make_drafter(wrong, target, tiny_text, tiny_text)
+
+
 def test_bad_plans_are_told(tiny_target, tiny_drafter, text_file, tmp_path, tiny_text):
     target = tiny_target(VOCAB)
     for given, words in (

@@ -64,6 +64,13 @@ def evaluation_lines(logs: dict[str, Any], prefix: str = "eval") -> list[str]:
             place += 1
         lines.append(f"  pass {number}, top 1 / 3 / 10 in % a position: {'; '.join(places)}")
         number += 1
+    places, place = [], 2
+    while f"{prefix}_corrected_position{place}_top1" in logs:
+        tops = [logs[f"{prefix}_corrected_position{place}_top{top}"] for top in (1, 3, 10)]
+        places.append(" / ".join(f"{100 * top:.1f}" for top in tops))
+        place += 1
+    if places:
+        lines.append(f"  pass 1 corrected for the token before, from position 2 on: {'; '.join(places)}")
     return lines
 
 

@@ -106,13 +106,11 @@ def _with_correction(drafter: FalconDrafter, rank: Any, source: str) -> FalconDr
         TrainingError: if it has one already, or the rank is impossible.
     """
     if drafter.config.correction_rank is not None:
-        raise TrainingError(
-            f"{source} has a correction of rank {drafter.config.correction_rank}: it goes on with that."
-        )
+        raise TrainingError(f"{source} has a correction of rank {drafter.config.correction_rank}, which stays.")
     config = copy.deepcopy(drafter.config)
     config.correction_rank = rank
     try:
-        config.validate()
+        config.check()
     except ValueError as error:
         raise TrainingError(f"No such drafter: {error}") from error
     corrected = FalconDrafter(config)
