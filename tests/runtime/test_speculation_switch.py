@@ -70,10 +70,13 @@ def test_without_the_switch_it_costs_more(monkeypatch):
 def short_texts(tokens: int, cost: float, forgets: bool) -> float:
     """Time of 60 texts of ``tokens`` with a hopeless drafter, each with a switch of its own if it ``forgets``."""
     now, spent = 0.0, 0.0
-    switch = SpeculationSwitch(True, clock=lambda: now)
+
+    def fresh() -> SpeculationSwitch:
+        return SpeculationSwitch(True, clock=lambda: now)
+
+    switch = fresh()
     for _ in range(60):
-        if forgets:
-            switch = SpeculationSwitch(True, clock=lambda: now)
+        switch = fresh() if forgets else switch
         now += 1000.0  # between calls, which is nobody's loss
         switch.start()
         for _ in range(tokens):

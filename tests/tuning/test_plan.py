@@ -13,10 +13,18 @@ from falcon_hf.tuning.plan import PROFILES, best_by_block_size, best_setting, li
 from falcon_hf.tuning.roofline import gpu_named, shape_named
 
 
-@pytest.mark.parametrize(("name", "tau"), [("paper-vicuna-7b", 3.34), ("paper-llama2-7b", 2.82)])
-def test_profiles_give_the_papers_tau_with_the_papers_tree(name, tau):
-    model = PROFILES[name].model(2, 4)
-    assert model.expected_tokens(TreeShape.paper(2)) - 1 == pytest.approx(tau, abs=0.01)
+@pytest.mark.parametrize(
+    ("name", "k", "tau"),
+    [
+        ("paper-vicuna-7b", 2, 3.34),
+        ("paper-vicuna-7b", 3, 2.52),
+        ("paper-vicuna-7b", 4, 2.35),
+        ("paper-llama2-7b", 2, 2.82),
+    ],
+)
+def test_profiles_give_the_papers_tau_with_the_papers_trees(name, k, tau):
+    model = PROFILES[name].model(k, 4)
+    assert model.expected_tokens(TreeShape.paper(k)) - 1 == pytest.approx(tau, abs=0.08)
 
 
 def test_the_papers_speedup_is_in_reach():
