@@ -23,10 +23,10 @@ from .dynamic_tree import DynamicTree, calibrated
 from .few_rows import FewRowProducts
 from .rejection import Proposals, SiblingDraws
 from .suffix_lookup import SuffixLookup
-from .target import head_weight
+from .target import head_weight, input_embeddings
 from .tree import DraftTree
-from .tree_growth import Growth
-from .tree_shape import DraftPass, TreeShape
+from .tree_growth import Growth, LevelLaws
+from .tree_shape import DraftLevel, DraftPass, TreeShape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -125,7 +125,8 @@ class FalconCandidateGenerator:
         for index, draft_pass in enumerate(plan.passes):
             if index > 0:
                 features, states = self._next_pass(draft_pass, tokens, features, states)
-            tokens[:, draft_pass.first_node : draft_pass.end_node] = self._candidates(features, draft_pass, laws)
+            for level in draft_pass.levels:
+                tokens[:, level.first_node : level.end_node] = self._candidates(features, level, tokens, laws)
         ids = self.drafter.draft_vocab_ids
         return DraftTree(
             proposals=Proposals(torch.cat(laws, dim=1), *plan.siblings, ids) if laws else None,
@@ -158,9 +159,9 @@ class FalconCandidateGenerator:
                     torch.arange((index - 1) * k, index * k, device=device).repeat(width),
                     seen.repeat_interleave(k, 1).repeat_interleave(k, 2),
                 )
-            chances, tokens = self._log_chances(features, spec, index)
             start = index * k
-            last_level = growth.block_levels(boundary, chances, tokens, start, min(k, max_depth - start))
+            laws = self._level_laws(features.unflatten(1, (-1, k)), spec, index)
+            last_level = growth.block_levels(boundary, laws, start, min(k, max_depth - start))
             if index + 1 == spec.passes or max_depth <= start + k:
                 break
             boundary = growth.next_boundary(*last_level, spec.width)
@@ -171,20 +172,41 @@ class FalconCandidateGenerator:
             growth.join(*(part[:, :max_depth] for part in chain))
         return growth.tree(root)
 
-    def _log_chances(self, features: torch.Tensor, spec: DynamicTree, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log chances and tokens ``[B, W, k, b]`` of the candidates of pass ``index``'s laws."""
-        logits = self.drafter.logits(features, self._head).unflatten(1, (-1, self.block_size)).float()
+    def _level_laws(self, estimates: torch.Tensor, spec: DynamicTree, index: int) -> LevelLaws:
+        """The laws of pass ``index`` from its estimates ``[B, W, k, H]``, for [`Growth.block_levels`]."""
+        if self.drafter.correction is None:  # all levels' at once
+            chances, tokens = self._log_chances(estimates, spec, index, slice(None))
+            return lambda level, _: (chances[:, :, level, None], tokens[:, :, level, None])
+
+        def corrected(level: int, before: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+            own = estimates[:, :, level, None]
+            if before is not None:
+                own = self._corrected(own.expand(-1, -1, before.shape[2], -1), before)
+            return self._log_chances(own, spec, index, slice(level, level + 1))
+
+        return corrected
+
+    def _log_chances(
+        self, estimates: torch.Tensor, spec: DynamicTree, index: int, positions: slice
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log chances and tokens ``[B, W, n, b]`` of the candidates of n estimates a block, of these positions."""
+        logits = self.drafter.logits(estimates, self._head).float()
         best, ranked = logits.topk(spec.candidates, dim=-1)
         chances = best - logits.logsumexp(-1, keepdim=True)
         if self._calibration is not None:
             points, tables = self._calibration
-            chances = calibrated(chances, points, tables[min(index, len(tables) - 1)])
+            chances = calibrated(chances, points, tables[min(index, len(tables) - 1), positions])
         ids = self.drafter.draft_vocab_ids
         return chances, ranked if ids is None else ids[ranked]
 
+    def _corrected(self, estimates: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        """Estimates ``[..., H]`` corrected for the tokens ``[...]`` chosen before theirs."""
+        embeddings = input_embeddings(self.target, before).to(estimates.device, estimates.dtype)
+        return self.drafter.correct(estimates, embeddings)
+
     def _plan(self, shape: TreeShape, depth: int) -> _FilledShape:
         """The tree cut at ``depth``, with its index tensors; made once a depth."""
-        return _filled_shape(shape, depth, self.block_size, self.context.device)
+        return _filled_shape(shape, depth, self.block_size, self.context.device, self.drafter.correction is not None)
 
     def _next_pass(
         self, draft_pass: DraftPass, tokens: torch.Tensor, features: torch.Tensor, states: FusionState | None
@@ -198,18 +220,23 @@ class FalconCandidateGenerator:
             draft_pass.visible,
         )
 
-    def _candidates(self, features: torch.Tensor, draft_pass: DraftPass, laws: list[torch.Tensor]) -> torch.Tensor:
-        """Tokens ``[B, M]`` of the pass's nodes: the ranked, or drawn, candidates of their laws.
+    def _candidates(
+        self, features: torch.Tensor, level: DraftLevel, tokens: torch.Tensor, laws: list[torch.Tensor]
+    ) -> torch.Tensor:
+        """Tokens ``[B, M]`` of the level's nodes: the ranked, or drawn, candidates of their laws.
 
-        Laws that were drawn from are put into ``laws``, ``[B, W * k, draft vocabulary]``.
+        Laws that were drawn from are put into ``laws``, ``[B, L, draft vocabulary]``.
         """
-        logits = self.drafter.logits(features, self._head)  # [B, W * k, draft vocabulary]
+        estimates = features[:, level.rows]
+        if level.parents is not None:
+            estimates = self._corrected(estimates, tokens[:, level.parents])
+        logits = self.drafter.logits(estimates, self._head)  # [B, L, draft vocabulary]
         if self._draws is None:
-            ranked = logits.topk(draft_pass.candidates, dim=-1).indices
+            ranked = logits.topk(level.candidates, dim=-1).indices
         else:
-            ranked, law = self._draws.siblings(logits, draft_pass.candidates)
+            ranked, law = self._draws.siblings(logits, level.candidates)
             laws.append(law)
-        chosen = ranked[:, draft_pass.source, draft_pass.rank]
+        chosen = ranked[:, level.source, level.rank]
         ids = self.drafter.draft_vocab_ids
         return chosen if ids is None else ids[chosen]
 
@@ -235,21 +262,21 @@ def check_drawn_tree(shape: TreeShape | DynamicTree) -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def _filled_shape(shape: TreeShape, depth: int, block_size: int, device: torch.device) -> _FilledShape:
+def _filled_shape(shape: TreeShape, depth: int, block_size: int, device: torch.device, corrected: bool) -> _FilledShape:
     """A shape cut at ``depth``, filled once for all calls of ``generate()``."""
-    return _FilledShape(shape.truncate(depth), block_size, device)
+    return _FilledShape(shape.truncate(depth), block_size, device, corrected)
 
 
 class _FilledShape:
     """A static tree's index tensors on one device."""
 
-    def __init__(self, shape: TreeShape, block_size: int, device: torch.device) -> None:
+    def __init__(self, shape: TreeShape, block_size: int, device: torch.device, corrected: bool) -> None:
         self.shape = shape
-        self.passes = shape.passes(block_size, device)
+        self.passes = shape.passes(block_size, device, corrected)
         self.parents = torch.tensor(shape.parents, device=device)[None]
         self.depths = torch.tensor(shape.depths, device=device)[None]
         self.ancestors = shape.ancestors().to(device)[None]
-        self._device, self._block_size = device, block_size
+        self._device = device
 
     @functools.cached_property
     def siblings(self) -> tuple[tuple[int, ...], tuple[torch.Tensor, ...]]:
@@ -257,12 +284,12 @@ class _FilledShape:
         children: list[list[int]] = [[] for _ in self.shape.parents]
         positions = [-1] * len(children)
         before = 0
-        for each in self.passes:
-            for node, source in zip(range(each.first_node, each.end_node), each.source.tolist(), strict=True):
+        for level in (level for each in self.passes for level in each.levels):
+            for node, source in zip(range(level.first_node, level.end_node), level.source.tolist(), strict=True):
                 parent = self.shape.parents[node]
                 children[parent].append(node)
                 positions[parent] = before + source
-            before += max(each.row_nodes.shape[0], self._block_size)
+            before += level.rows.shape[0]
         return tuple(positions), tuple(torch.tensor(nodes, dtype=torch.long, device=self._device) for nodes in children)
 
 

@@ -237,6 +237,8 @@ class FalconDrafterConfig(PreTrainedConfig):
             raise ValueError(f"embedding_scale must be positive, got {self.embedding_scale!r}.")
         if self.correction_rank is not None and self.correction_rank < 1:
             raise ValueError(f"correction_rank must be None or at least 1, got {self.correction_rank!r}.")
+        if self.correction_rank is not None and self.block_size == 1:
+            raise ValueError("correction_rank needs a block_size of 2 or more: a block of one has no token before.")
         layers = self.feature_layers
         if layers is not None and (len(layers) < 2 or min(layers) < 0 or sorted(set(layers)) != layers):
             raise ValueError(

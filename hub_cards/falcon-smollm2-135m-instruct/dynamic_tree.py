@@ -60,11 +60,11 @@ class Calibration:
 
 
 def calibrated(log_probability: torch.Tensor, points: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
-    """Logarithms of acceptance ``[B, W, k, b]``, at most 0, by one pass's tables ``[k, M]`` over ``[M]`` points."""
+    """Logarithms of acceptance ``[B, W, n, b]``, at most 0, by tables ``[n, M]`` (or one, ``[1, M]``) over M points."""
     upper = torch.bucketize(log_probability.contiguous(), points).clamp(1, len(points) - 1)
     low, high = points[upper - 1], points[upper]
     share = ((log_probability - low) / (high - low)).clamp(0, 1)
-    tables = tables.expand(*log_probability.shape[:2], -1, -1)
+    tables = tables.expand(*log_probability.shape[:3], -1)
     below, above = tables.gather(-1, upper - 1), tables.gather(-1, upper)
     return torch.lerp(below, above, share).clamp(_LEAST_ACCEPTANCE, 1).log()
 
@@ -79,8 +79,9 @@ class DynamicTree:
         width: n, boundary nodes that each pass but the first continues.
         candidates: b, likeliest tokens of each law that may become nodes.
         calibration: how acceptance follows from draft probability; None to take the one for the other.
-        pass_cost: the time of a drafter pass over the time of a verification without drafts. If given, a pass that
-            would not pay is left out, at one device sync a pass; None never stops early and never syncs.
+        pass_cost: the time of a drafter pass over the time of all else in a round, most of which is verification. If
+            given, a pass that would not pay is left out, at one device sync a pass; None never stops early and never
+            syncs.
     """
 
     nodes: int

@@ -90,7 +90,7 @@ def decode(
         if siblings is not None:
             generator.draw_siblings(siblings)
         pairs = CommittedPairs(generator, rows)
-        switch = SpeculationSwitch(drafter.config.auto_off)
+        switch = _switch(drafter, target, len(rows))
         embeds = model_kwargs.get("inputs_embeds")  # where they stand for ids, max_length does not count them
         uncounted = 0 if embeds is None else embeds.shape[1] - input_ids.shape[1]
         room = generator.shape.size
@@ -137,6 +137,13 @@ def decode(
     drafter.last_generation = statistics
     logger.debug("%s", statistics)
     return gather_output(rows, generation_config, prompt_states, session.prompt_attentions, session.cache)
+
+
+def _switch(drafter: FalconDrafter, target: PreTrainedModel, rows: int) -> SpeculationSwitch:
+    """Auto-off's memory, which outlives a call: many short texts are one long one to it."""
+    if not drafter.config.auto_off:
+        return SpeculationSwitch(False)
+    return drafter.switches.setdefault((id(target), rows, str(drafter.config.tree)), SpeculationSwitch(True))
 
 
 def chain_shape(drafter: FalconDrafter, target: PreTrainedModel) -> TreeShape | None:

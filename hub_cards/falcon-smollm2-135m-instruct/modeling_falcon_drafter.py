@@ -41,6 +41,7 @@ from .repo_files import check_stamp, code_stamp, write_repo_files
 from .repo_upload import UPLOAD_OPTIONS, upload_repo
 from .rollout import RolloutKeys, own_pairs, relaxed_causal_mask, rollout_mask
 from .routing import install
+from .speculation_switch import SpeculationSwitch
 from .statistics import GenerationStatistics
 from .tree import DraftTree
 from .validation import validate
@@ -53,6 +54,7 @@ class FalconDrafter(PreTrainedModel):
         draft_vocab_ids: buffer ``[draft_vocab_size]``, ascending ids of the reduced draft vocabulary, or None.
         last_generation: statistics of the last finished call of ``generate()`` with this drafter, None before it.
         on_round: called after each round with its tree and the visited nodes of each row, root first; None for nothing.
+        switches: what ``auto_off`` has learned, by target, number of rows and tree.
     """
 
     config_class = FalconDrafterConfig
@@ -79,6 +81,7 @@ class FalconDrafter(PreTrainedModel):
             earlier = (len(layers) - 1) * config.hidden_size
             self.register_buffer("feature_mean", torch.zeros(earlier))
             self.register_buffer("feature_scale", torch.ones(earlier))
+        self.switches: dict[tuple[int, int, str], SpeculationSwitch] = {}
         self.fusion = FalconFusion(config)
         self.mixing = BlockMixing(config.block_size, config.hidden_size) if config.block_mixing else None
         self.correction = None if config.correction_rank is None else FalconCorrection(config)

@@ -7,7 +7,9 @@ row, timed now and then; a round that drafts and emits n tokens a row loses
 
 against plain decoding (gains, if negative). Drafting goes on while the losses so far are within an allowance, a share
 of all time spent and a little to start with; then plain rounds follow until the allowance has room for a new trial. So
-a hopeless drafter costs that share and no more, however bad it is, and one that has become good again is found out.
+a hopeless drafter costs that share and no more, however bad it is, and one that has become good again is found out. The
+books go on from call to call (a drafter has a switch for each target, batch size and tree): a first short text may lose
+a few rounds, a hundred of them lose no larger share than one long one.
 
 The text does not depend on it beyond what it depends on any tree: in float32 it is plain decoding's; in half precision
 a tie of rounding size may fall otherwise in another tree, so where the times decide, two runs may differ there.
@@ -58,7 +60,7 @@ class SpeculationSwitch:
         self._last = clock() if enabled else 0.0
 
     def start(self) -> None:
-        """The first round begins now."""
+        """A call's first round begins now."""
         if self._enabled:
             self._last = self._clock()
 

@@ -4,8 +4,8 @@ A node's score is the sum of its path's log chances of acceptance, so it never e
 candidates of all are a tree (EAGLE-2's rerank; Sequoia's optimum for given scores). Where a child ties with its parent
 the one that was found first is taken, and parents are found first.
 
-Inside a block all laws are known at once: a level is the sums of the level before and the next position's candidates,
-of which a block keeps the N best, more than which cannot survive. Only the best boundary nodes are continued by another
+Inside a block a level is the sums of the level before and the next position's candidates, of which a block keeps the N
+best, more than which cannot survive. Only the best boundary nodes are continued by another
 drafter pass.
 
 ``tests/runtime/test_tree_growth.py`` holds it against brute force. Device syncs: none, except in [`Growth.pays`].
@@ -13,12 +13,20 @@ drafter pass.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 
 from .tree import DraftTree
+
+LevelLaws = Callable[[int, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
+"""``laws(level, before)``: log chances, at most 0, and tokens of the candidates of a block position's laws.
+
+``before`` are the tokens ``[B, W, n]`` of the level before, None at the first. The answer is ``[B, W, n, b]`` each, or
+``[B, W, 1, b]`` for one law whatever the token before; the tokens of one law differ.
+"""
 
 
 @dataclass(frozen=True)
@@ -72,32 +80,32 @@ class Growth:
         return torch.arange(first, self._count, device=self._device)[None]
 
     def block_levels(
-        self, boundary: Boundary, log_chances: torch.Tensor, tokens: torch.Tensor, start: int, levels: int
+        self, boundary: Boundary, laws: LevelLaws, start: int, levels: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Expand a pass's blocks.
 
         Args:
             boundary: the W nodes they hang on.
-            log_chances: ``[B, W, k, b]``, at most 0, of the candidates of each position's law.
-            tokens: ``[B, W, k, b]``, theirs; those of one law differ.
+            laws: of the blocks' positions.
             start: depth of the boundary.
             levels: how many of the k levels to expand.
 
         Returns:
             The last level: scores ``[B, W, n]``, candidate indices ``[1, W, n]``, path tokens ``[B, W, n, levels]``.
         """
+        chances, tokens = laws(0, None)
         rows, _, _, candidates = tokens.shape
-        # A NaN from broken weights ranks last, so that it cannot outrank its parent.
-        log_chances = log_chances.nan_to_num(nan=-torch.inf).clamp_max(0)
-        scores = boundary.scores[:, :, None] + log_chances[:, :, 0]
+        scores = boundary.scores[:, :, None] + _at_most_certain(chances)[:, :, 0]
         history = tokens[:, :, 0, :, None]
         parents = boundary.nodes[:, :, None].expand(-1, -1, candidates)
         indices = self._add_level(scores, history, parents, start + 1)
         for level in range(1, levels):
-            sums = (scores[:, :, :, None] + log_chances[:, :, level, None]).flatten(2)
+            chances, tokens = laws(level, history[..., -1])
+            sums = (scores[:, :, :, None] + _at_most_certain(chances)).flatten(2)
+            tokens = tokens.expand(-1, -1, scores.shape[2], -1).flatten(2)
             scores, best = sums.topk(min(self._nodes, sums.shape[-1]), dim=-1)
             before = best // candidates
-            new = tokens[:, :, level].gather(2, best % candidates)
+            new = tokens.gather(2, best)
             history = history.gather(2, before[:, :, :, None].expand(-1, -1, -1, level))
             history = torch.cat((history, new[:, :, :, None]), dim=-1)
             parents = indices.expand(rows, -1, -1).gather(2, before)
@@ -149,7 +157,7 @@ class Growth:
         """Whether another pass over ``boundary`` would raise tokens per time. One device sync.
 
         The tree's expected tokens E are one and the sum of its nodes' chances. Another pass is taken to add what the
-        first one added, times the chance that its boundary is reached, and costs ``pass_cost`` of a verification.
+        first one added, times the chance that its boundary is reached, and costs ``pass_cost`` of all else in a round.
         """
         best = torch.cat(self._scores, dim=1)
         expected = best.topk(min(self._nodes, best.shape[1]), dim=1).values.exp().sum(1)
@@ -180,6 +188,11 @@ class Growth:
             ancestors=ancestors_of(parents, max(depth for _, depth in self._depths)),
             scores=F.pad(scores, (1, 0)),
         )
+
+
+def _at_most_certain(log_chances: torch.Tensor) -> torch.Tensor:
+    """A NaN from broken weights ranks last, so that it cannot outrank its parent."""
+    return log_chances.nan_to_num(nan=-torch.inf).clamp_max(0)
 
 
 def ancestors_of(parents: torch.Tensor, depth: int) -> torch.Tensor:

@@ -3,7 +3,8 @@
 A shape is a set of *paths of child ranks* in Medusa/EAGLE notation: ``(0, 2)`` is the third likeliest continuation
 of the likeliest first token. The drafter fills it in passes of k depths (block size k): pass p covers depths pk + 1 to
 (p + 1)k. Its blocks hang on the *boundary* nodes, those of depth pk that have descendants (pass 0: on the root).
-Inside a block the k laws are independent of the tokens chosen, so cousins share their candidates.
+Inside a block the k laws are independent of the tokens chosen, so cousins share their candidates; unless the drafter
+corrects them for the token before, which gives each parent a law of its own, known one *level* after the other.
 """
 
 from __future__ import annotations
@@ -27,14 +28,33 @@ Path = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class DraftPass:
-    """What one drafter pass of a static tree reads and fills; W blocks of k positions, M new nodes.
+class DraftLevel:
+    """New nodes whose laws are known at once: all of a pass, or those of one depth where laws are corrected.
 
     Attributes:
-        first_node, end_node: the new nodes are ``first_node`` to ``end_node`` - 1.
-        source: ``[M]``, flat position w * k + j in this pass whose law a new node's token comes from.
+        first_node, end_node: the M new nodes are ``first_node`` to ``end_node`` - 1.
+        rows: ``[L]``, flat position w * k + j in the pass of the estimate that each law comes from.
+        parents: ``[L]``, the node whose token each law is corrected for; None for laws that are not.
+        source: ``[M]``, the law, 0 to L - 1, that a new node's token comes from.
         rank: ``[M]``, its rank in that law.
-        candidates: how many candidates of each law the pass needs, one more than its largest rank.
+        candidates: how many candidates of each law are needed, one more than the largest rank.
+    """
+
+    first_node: int
+    end_node: int
+    rows: torch.Tensor
+    parents: torch.Tensor | None
+    source: torch.Tensor
+    rank: torch.Tensor
+    candidates: int
+
+
+@dataclass(frozen=True)
+class DraftPass:
+    """What one drafter pass of a static tree reads and fills; W blocks of k positions.
+
+    Attributes:
+        levels: the new nodes, in the order in which they can be filled.
         row_nodes: ``[W * k]``, nodes whose tokens are this pass's input pairs (empty in pass 0).
         row_features: ``[W * k]``, flat positions of the previous pass whose features are those pairs'.
         row_positions: ``[W * k]``, positions of those pairs, counted from the first pair behind the committed ones.
@@ -43,11 +63,7 @@ class DraftPass:
             pass's own rows each row sees: its own path's, and its whole own block (relaxed causal mask).
     """
 
-    first_node: int
-    end_node: int
-    source: torch.Tensor
-    rank: torch.Tensor
-    candidates: int
+    levels: tuple[DraftLevel, ...]
     row_nodes: torch.Tensor
     row_features: torch.Tensor
     row_positions: torch.Tensor
@@ -160,8 +176,14 @@ class TreeShape:
         """The same tree without nodes deeper than ``depth``, which is at least 1."""
         return TreeShape(tuple(path for path in self.paths if len(path) <= depth))
 
-    def passes(self, block_size: int, device: torch.device | str = "cpu") -> list[DraftPass]:
-        """The drafter passes that fill this tree, as index tensors on ``device``."""
+    def passes(self, block_size: int, device: torch.device | str = "cpu", corrected: bool = False) -> list[DraftPass]:
+        """The drafter passes that fill this tree, as index tensors on ``device``.
+
+        Args:
+            block_size: k.
+            device: of the tensors.
+            corrected: whether the laws behind a block's first position are corrected for the token before.
+        """
         k = block_size
         index = {(): 0} | {path: node for node, path in enumerate(self.paths, start=1)}
         plans: list[DraftPass] = []
@@ -173,8 +195,6 @@ class TreeShape:
             own = [path for path in blocks for _ in range(k)] if start else []
             all_rows = rows + own
             tensors = {
-                "source": [blocks[path[:start]] * k + len(path) - start - 1 for path in nodes],
-                "rank": [path[-1] for path in nodes],
                 "row_nodes": [index[path[: start - k + 1 + j]] for path in blocks for j in range(k)] if start else [],
                 "row_features": [previous[path[: start - k]] * k + j for path in blocks for j in range(k)]
                 if start
@@ -184,17 +204,48 @@ class TreeShape:
             }
             # A row belongs to the block that hangs on its path, and sees the rows of its path's beginnings.
             visible = [[query[: len(key)] == key for key in all_rows] for query in own]
+            together = [list(group) for _, group in itertools.groupby(nodes, key=len)] if corrected else [nodes]
             plans.append(
                 DraftPass(
-                    first_node=index[nodes[0]],
-                    end_node=index[nodes[-1]] + 1,
-                    candidates=max(path[-1] for path in nodes) + 1,
+                    levels=tuple(_level(level, start, k, blocks, index, corrected, device) for level in together),
                     visible=torch.tensor(visible, dtype=torch.bool, device=device).view(len(own), len(all_rows)),
                     **{name: torch.tensor(values, dtype=torch.long, device=device) for name, values in tensors.items()},
                 )
             )
             rows, previous = all_rows, blocks
         return plans
+
+
+def _level(
+    nodes: list[Path],
+    start: int,
+    block_size: int,
+    blocks: dict[Path, int],
+    index: dict[Path, int],
+    corrected: bool,
+    device: torch.device | str,
+) -> DraftLevel:
+    """The level of these nodes in the pass that begins at depth ``start``; ``index`` says which node a path is."""
+    if corrected:
+        laws = {parent: number for number, parent in enumerate(dict.fromkeys(path[:-1] for path in nodes))}
+        rows = [blocks[parent[:start]] * block_size + len(parent) - start for parent in laws]
+        source = [laws[path[:-1]] for path in nodes]
+    else:
+        laws = {}
+        rows = list(range(len(blocks) * block_size))
+        source = [blocks[path[:start]] * block_size + len(path) - start - 1 for path in nodes]
+    behind = [index[parent] for parent in laws if len(parent) > start]  # all of them or, at the block's begin, none
+    first, numbers = index[nodes[0]], (rows, source, [path[-1] for path in nodes])
+    tensors = [torch.tensor(values, dtype=torch.long, device=device) for values in numbers]
+    return DraftLevel(
+        first_node=first,
+        end_node=first + len(nodes),
+        rows=tensors[0],
+        parents=torch.tensor(behind, dtype=torch.long, device=device) if behind else None,
+        source=tensors[1],
+        rank=tensors[2],
+        candidates=max(path[-1] for path in nodes) + 1,
+    )
 
 
 def chain(length: int) -> TreeShape:
