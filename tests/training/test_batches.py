@@ -17,6 +17,7 @@ from falcon_hf.training.initialisation import (
     typical_sizes,
 )
 
+from ..runtime.families import tiny_family
 from .conftest import VOCAB
 
 
@@ -103,6 +104,28 @@ def test_layers_can_start_as_the_targets(tiny_target, tiny_drafter):
         start_from_target_layers(tiny_drafter(target, 2, "linear", intermediate_size=8), target)
     with pytest.raises(TrainingError, match="no layers"):
         start_from_target_layers(tiny_drafter(target, 2, "linear", num_hidden_layers=3), target)
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "words"),
+    [
+        ("qwen2", {}, "has a bias and the drafter's attention.q_proj none: set attention_bias"),
+        ("qwen2", {"attention_bias": True}, None),
+        ("qwen3", {}, r"have self_attn\.k_norm\.weight, which"),
+        ("gemma2", {}, "norm is of another kind"),
+    ],
+)
+def test_a_layer_that_cannot_be_copied_whole_is_refused(tiny_drafter, family, config, words):
+    target = tiny_family(family)
+    if family == "qwen2":
+        torch.nn.init.normal_(target.model.layers[-1].self_attn.q_proj.bias)
+    drafter = tiny_drafter(target, 2, "linear", **config)
+    if words is not None:
+        with pytest.raises(TrainingError, match=words):
+            start_from_target_layers(drafter, target)
+        return
+    start_from_target_layers(drafter, target)
+    assert torch.equal(drafter.layers[0].attention.q_proj.bias, target.model.layers[-1].self_attn.q_proj.bias)
 
 
 def test_sizes_and_scale():

@@ -102,3 +102,33 @@ def start_from_target_layers(drafter: FalconDrafter, target: PreTrainedModel) ->
                     "the target's layer shape in the drafter's config, or start its layers at random."
                 )
             mine.copy_(weight)
+            bias = getattr(sources[other], "bias", None)
+            if bias is not None and getattr(modules[name], "bias", None) is None:
+                raise TrainingError(
+                    f"The target's {other} has a bias and the drafter's {name} none: set attention_bias in the "
+                    "drafter's config, or start its layers at random."
+                )
+            if bias is not None:
+                modules[name].bias.copy_(bias)
+            _check_norm(name, modules[name], sources[other])
+        left = {part for part, _ in source.named_parameters()} - {
+            f"{other}.{kind}" for other in _TARGET_NAMES.values() for kind in ("weight", "bias")
+        }
+        if left:
+            raise TrainingError(
+                f"{type(target).__name__}'s layers have {sorted(left)[0]}, which the drafter's have not: start them at "
+                "random."
+            )
+
+
+def _check_norm(name: str, mine: Any, source: Any) -> None:
+    """See that a norm with the target's weight does what the target's does: some families add 1 to the weight.
+
+    Raises:
+        TrainingError: if it does something else.
+    """
+    if name.endswith("norm"):
+        sample = torch.linspace(-2, 2, mine.weight.shape[0], dtype=mine.weight.dtype, device=mine.weight.device)
+        theirs = source(sample[None].to(source.weight.device, source.weight.dtype)).to(sample)
+        if not torch.allclose(mine(sample[None]), theirs, rtol=0.05, atol=0.05):
+            raise TrainingError(f"The target's norm is of another kind than the drafter's {name}: start at random.")
