@@ -107,11 +107,15 @@ def _with_small_shards(build, size):
 
 
 def test_features_go_to_disk_only_if_half_of_it_is_free(tiny_target, text_file, tmp_path, monkeypatch):
-    target, said = tiny_target(VOCAB), []
+    """All that is to be kept counts, the laws too."""
+    target, said, asked = tiny_target(VOCAB), [], []
     for fits in (False, True):
-        monkeypatch.setattr(feature_source, "cache_fits", lambda folder, size, fits=fits: fits)
+        monkeypatch.setattr(feature_source, "cache_fits", lambda folder, size, fits=fits: asked.append(size) or fits)
         folder = tmp_path / str(fits)
         plan = plan_of(text_file, folder)
         train_drafter(plan, arguments(folder, max_steps=1, eval_strategy="no"), target, report=said.append)
         assert (folder / "cache" / "index.json").is_file() == fits
     assert sum("on the fly" in line for line in said) == 1
+    kept = sum(path.stat().st_size for path in (tmp_path / "True" / "cache").rglob("*.safetensors"))
+    assert asked == [asked[0]] * 2
+    assert kept == pytest.approx(asked[0], rel=0.1)

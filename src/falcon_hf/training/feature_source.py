@@ -27,6 +27,7 @@ from .features import (
     free_bytes,
     is_complete,
 )
+from .laws import estimate_law_bytes
 from .plan import TrainingPlan
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,10 @@ def prepare_features(
     folder = (plan.cache or default_cache_folder(key)).expanduser()
     size = estimate_bytes(len(data.tokens), feature_width(target, feature_layers))
     begun = (folder / "index.json").is_file()
-    say(f"features take {size / 1e9:.2f} GB in {folder} ({free_bytes(folder) / 1e9:.0f} GB free)")
+    what = "features"
+    if plan.cached_laws:
+        size, what = size + estimate_law_bytes(len(data.tokens), feature_width(target, None)), "features and laws"
+    say(f"{what} take {size / 1e9:.2f} GB in {folder} ({free_bytes(folder) / 1e9:.0f} GB free)")
     if not begun and plan.features == "auto" and not cache_fits(folder, size):
         say("that is more than half of what is free: features are computed on the fly")
         return None

@@ -106,7 +106,7 @@ class LawCache:
         folder = features.folder / f"laws-{digest[:16]}"
         width = head.weight.shape[1]
         shards = [
-            {"file": _name(number), "bytes": shard["tokens"] * (width * 2 + 8), "tokens": shard["tokens"]}
+            {"file": _name(number), "bytes": estimate_law_bytes(shard["tokens"], width), "tokens": shard["tokens"]}
             for number, shard in enumerate(features.index["shards"])
         ]
         missing = [number for number, shard in enumerate(shards) if not is_whole(folder, shard)]
@@ -118,6 +118,8 @@ class LawCache:
             )
         whole = sum(shard["tokens"] for shard in shards)
         done = whole - sum(shards[number]["tokens"] for number in missing)
+        if not missing and (folder / _INDEX).is_file():
+            return cls(features, folder)  # which may be on a disk that cannot be written
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / _INDEX).write_text(json.dumps({"head": digest, "draft_tokens": head.weight.shape[0]}))
@@ -136,6 +138,11 @@ class LawCache:
                 f"Cannot write laws to {folder}: {error}. What was written stays; make room and run again."
             ) from error
         return cls(features, folder)
+
+
+def estimate_law_bytes(tokens: int, width: int) -> int:
+    """Bytes that the laws of ``tokens`` tokens take on disk, for a head of this width."""
+    return tokens * (width * 2 + 8)
 
 
 def _name(number: int) -> str:
