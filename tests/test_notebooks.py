@@ -41,3 +41,12 @@ def test_what_is_imported_exists(path: Path) -> None:
                 assert hasattr(module, name.name), f"{path.name}: from {node.module} import {name.name}"
                 found += 1
     assert found > 0
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_outputs_are_kept_of_a_whole_run(path: Path) -> None:
+    cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert len(outputs) > len(cells) // 2
+    assert not [output for output in outputs if output["output_type"] == "error"]
