@@ -67,7 +67,8 @@ def simulate(
     if as_json:
         print_json(values)
         return
-    _best_table(plans, f"Simulated: {card.name}, {mode}, {context} tokens of context, acceptance {acceptance}")
+    title = f"Simulated: {card.name}, {mode}, {context} tokens of context, acceptance {acceptance}"
+    _best_table(plans, title, nodes)
     if plans[0]["limit"]:
         _limit_table(plans)
 
@@ -98,8 +99,23 @@ def curves(
     show_table(f"Drafts; plain decoding {1000 * found['plain_seconds']:.2f} ms a token", ["k", "m", "n", "ms"], rows)
 
 
-def _best_table(plans: list[dict[str, Any]], title: str) -> None:
-    columns = ["target", "GPUs", "k", "m", "n", "N", "E", "plain ms", "ms a round", "tokens/s", "speedup", ""]
+def _best_table(plans: list[dict[str, Any]], title: str, most_nodes: int) -> None:
+    """Of every target and drafter the fastest setting; a profile's drafters have no names but their k."""
+    columns = [
+        "target",
+        "GPUs",
+        "drafter",
+        "k",
+        "m",
+        "n",
+        "N",
+        "E",
+        "plain ms",
+        "ms a round",
+        "tokens/s",
+        "speedup",
+        "",
+    ]
     rows = []
     for plan in plans:
         fastest = max(plan["best"], key=lambda one: one.tokens_per_second)
@@ -107,7 +123,10 @@ def _best_table(plans: list[dict[str, Any]], title: str) -> None:
             plain = 1000 * one.speedup / one.tokens_per_second
             cells = [one.block_size, one.passes, one.width, one.nodes, f"{one.tokens:.2f}", f"{plain:.2f}"]
             cells += [f"{1000 * one.round_seconds:.2f}", f"{one.tokens_per_second:.1f}", f"{one.speedup:.2f}x"]
-            rows.append([plan["shape"], str(plan["gpus"]), *map(str, cells), "best" if one is fastest else ""])
+            remark = "best" if one is fastest else ""
+            # More nodes than were asked about might be faster still.
+            remark += f"{' ' if remark else ''}(N at its limit)" if one.nodes >= most_nodes else ""
+            rows.append([plan["shape"], str(plan["gpus"]), Path(one.drafter).name, *map(str, cells), remark])
     show_table(title, columns, rows)
 
 
