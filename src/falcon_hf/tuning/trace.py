@@ -11,6 +11,7 @@ Recording copies each round's tree to the host: a device sync a round, only whil
 from __future__ import annotations
 
 import html
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -153,7 +154,8 @@ class GenerationTrace:
         known = ""
         for segment in self.segments(output, row):
             text = tokenizer.decode(before + segment.tokens)
-            words = text[len(known.rstrip("\ufffd")) :]  # which stands for the half that is there
+            same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(known, text, strict=False)))
+            words = text[same:]  # from where half a sign has become a whole one, if it has
             if prompt or segment.kind != "prompt":
                 yield segment, words
             if segment.kind != "rejected":
