@@ -57,19 +57,16 @@ def load_drafter(
     Warns:
         CodeStampWarning: if the code in the repo is not the code it was saved with.
     """
+    folder = drafter_folder(source)
     try:
-        folder = drafter_folder(source)
         settings = read_settings(folder)
         code = check_code(settings, folder) if trust_remote_code else None
         check_weights(folder, None if trust_remote_code else FalconDrafterConfig.from_pretrained(folder))
         model_class: Any = FalconDrafter if code is None else get_class_from_dynamic_module(code, str(folder))
         drafter: FalconDrafter = model_class.from_pretrained(folder, dtype=dtype or "auto")
         return drafter.eval()
-    except DrafterError:
-        raise
     except _CAUSES as error:
-        why = " ".join(str(error).split())
-        raise DrafterError(f"The drafter {str(source)!r} cannot be loaded: {why}") from error
+        raise DrafterError(f"The drafter {str(source)!r} cannot be loaded: {_one_line(error)}") from error
 
 
 def drafter_folder(source: str | Path) -> Path:
@@ -81,19 +78,22 @@ def drafter_folder(source: str | Path) -> Path:
     Raises:
         DrafterError: if it is neither a folder nor a drafter's repo within reach.
     """
-    if Path(source).is_dir():
-        return Path(source)
     repo = str(source)
     try:
+        if Path(source).is_dir():
+            return Path(source)
         validate_repo_id(repo)
-    except HFValidationError as error:
+    except (HFValidationError, OSError) as error:  # a name too long for a file is one for a repo too
         raise DrafterError(f"The drafter {repo} is not a folder here, nor a Hub repo's name (org/name).") from error
     try:
         settings, _ = PreTrainedConfig.get_config_dict(repo)
         check_kind(settings)
         return Path(snapshot_download(repo, allow_patterns=_FILES))
     except _CAUSES as error:
-        why = " ".join(str(error).split())
         raise DrafterError(
-            f"The drafter {repo!r} is not a folder here, and cannot be loaded from the Hub: {why}"
+            f"The drafter {repo!r} is not a folder here, and cannot be loaded from the Hub: {_one_line(error)}"
         ) from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

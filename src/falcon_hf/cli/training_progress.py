@@ -56,22 +56,22 @@ def evaluation_lines(logs: dict[str, Any], prefix: str = "eval") -> list[str]:
     tau = logs[f"{prefix}_tau_with_bonus"]
     lines = [f"held out: loss {logs[f'{prefix}_loss']:.4f}, {tau:.3f} tokens a round (simulated)"]
     number = 1
-    while f"{prefix}_pass{number}_position1_top1" in logs:
-        places, place = [], 1
-        while f"{prefix}_pass{number}_position{place}_top1" in logs:
-            tops = [logs[f"{prefix}_pass{number}_position{place}_top{top}"] for top in (1, 3, 10)]
-            places.append(" / ".join(f"{100 * top:.1f}" for top in tops))
-            place += 1
-        lines.append(f"  pass {number}, top 1 / 3 / 10 in % a position: {'; '.join(places)}")
+    while places := _accuracies(logs, f"{prefix}_pass{number}", 1):
+        lines.append(f"  pass {number}, top 1 / 3 / 10 in % a position: {places}")
         number += 1
-    places, place = [], 2
-    while f"{prefix}_corrected_position{place}_top1" in logs:
-        tops = [logs[f"{prefix}_corrected_position{place}_top{top}"] for top in (1, 3, 10)]
+    if places := _accuracies(logs, f"{prefix}_corrected", 2):
+        lines.append(f"  pass 1 corrected for the token before, from position 2 on: {places}")
+    return lines
+
+
+def _accuracies(logs: dict[str, Any], name: str, place: int) -> str:
+    """Top 1 / 3 / 10 in % of each position from ``place`` on; empty where there is none."""
+    places = []
+    while f"{name}_position{place}_top1" in logs:
+        tops = [logs[f"{name}_position{place}_top{top}"] for top in (1, 3, 10)]
         places.append(" / ".join(f"{100 * top:.1f}" for top in tops))
         place += 1
-    if places:
-        lines.append(f"  pass 1 corrected for the token before, from position 2 on: {'; '.join(places)}")
-    return lines
+    return "; ".join(places)
 
 
 @contextmanager

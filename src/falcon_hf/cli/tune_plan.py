@@ -101,21 +101,7 @@ def curves(
 
 def _best_table(plans: list[dict[str, Any]], title: str, most_nodes: int) -> None:
     """Of every target and drafter the fastest setting; a profile's drafters have no names but their k."""
-    columns = [
-        "target",
-        "GPUs",
-        "drafter",
-        "k",
-        "m",
-        "n",
-        "N",
-        "E",
-        "plain ms",
-        "ms a round",
-        "tokens/s",
-        "speedup",
-        "",
-    ]
+    columns = ["target", "GPUs", "drafter", *"kmnNE", "plain ms", "ms a round", "tokens/s", "speedup", ""]
     rows = []
     for plan in plans:
         fastest = max(plan["best"], key=lambda one: one.tokens_per_second)

@@ -140,6 +140,11 @@ class PairBatch:
     learned: torch.Tensor
     laws: TargetLaws | None = None
 
+    @property
+    def before(self) -> torch.Tensor:
+        """``[B, S]``, the token in front of each answer."""
+        return F.pad(self.answers[:, :-1], (1, 0))
+
     def rows(self, order: list[int]) -> PairBatch:
         """The same rows in another order."""
         index = torch.tensor(order, device=self.tokens.device)

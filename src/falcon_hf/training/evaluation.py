@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from ..runtime.tree_shape import TreeShape
 from .acceptance import MISSED, TreeTable, block_ranks, walk
@@ -133,7 +132,7 @@ def evaluate_batch(
     embeddings = embed(pairs.tokens)
     rows, columns = pairs.tokens.shape
     places = plan.draft_places[pairs.answers]
-    previous = embed(F.pad(pairs.answers[:, :-1], (1, 0))).flatten(0, 1)  # of the token in front of each answer
+    previous = None if plan.correct is None else embed(pairs.before).flatten(0, 1)
     accepted = torch.zeros(rows, columns, dtype=torch.long)
     column = torch.arange(columns, device=device)
     for offset in range(k):
@@ -165,7 +164,7 @@ def evaluate_batch(
         for number, (estimate, index) in enumerate(zip(estimates, flat, strict=True)):
             ranks = answer_ranks(estimate, places.flatten().index_select(0, index), plan.head, width)
             tally.add(number, ranks, place.index_select(0, index))
-            if plan.correct is not None:
+            if plan.correct is not None and previous is not None:
                 behind = place.index_select(0, index) > 0
                 mine = index[behind]
                 better = plan.correct(estimate[behind], previous.index_select(0, mine))

@@ -70,6 +70,8 @@ def train_drafter(
         TrainingError: whatever the user can solve about data, cache and options.
     """
     say = report or logger.info
+    if plan.lora_rank and (args.fsdp or args.deepspeed):
+        raise TrainingError("lora_rank cannot be merged from pieces: leave out fsdp and deepspeed; DDP works.")
     keep_freed_memory()
     checkpoints = Path(args.output_dir or ".")
     checkpoint = last_checkpoint(checkpoints, resume)
@@ -97,8 +99,6 @@ def train_drafter(
             say("the target's laws over the draft vocabulary, once for all epochs")
             laws = LawCache.build(cache, _law_head(drafter, target, args), progress)
     model: Any = drafter
-    if plan.lora_rank and (args.fsdp or args.deepspeed):
-        raise TrainingError("lora_rank cannot be merged from pieces: leave out fsdp and deepspeed; DDP works.")
     if plan.lora_rank:
         model = _with_lora(drafter, plan.lora_rank)
     trainer = FalconTrainer(

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from transformers import PreTrainedModel, Trainer
 
@@ -262,7 +261,7 @@ class FalconTrainer(Trainer):
         inputs = {"features": features, "embeddings": embeddings, "block_offset": offsets, "pair_mask": pairs.real}
         wanted = [kept.flatten().nonzero()[:, 0]]
         corrects = self._config.correction_rank is not None
-        before = F.pad(pairs.answers[:, :-1], (1, 0)).flatten()  # the token that the column before is asked for
+        before = pairs.before.flatten()
         if rolled == 0:
             if corrects:
                 previous = self._embed(before.index_select(0, wanted[0])[None])[0]

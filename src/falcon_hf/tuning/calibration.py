@@ -114,8 +114,7 @@ class Calibration:
         }
         if prediction.passes > 1:
             another = costs.draft_seconds((1, prediction.width)) - costs.draft_seconds((1,))
-            drafts = costs.draft_seconds((1,) + (prediction.width,) * (prediction.passes - 1))
-            others = prediction.round_seconds - drafts
+            others = costs.verify_seconds(prediction.nodes) + costs.rest_seconds(prediction.tokens)
             entry["pass_cost"] = max(another / max(others, another), 1e-3)
         return replace(prediction, kind="dynamic", dynamic=entry)
 

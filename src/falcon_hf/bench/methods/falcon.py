@@ -47,11 +47,11 @@ class Falcon(Method):
         except DrafterError as error:
             raise BenchError(first_line(error)) from error
         self.weights_sha256 = weights_sha256(folder)
-        self.overrides = {name: _value(text) for name, text in settings.items() if name not in ("drafter", "tree")}
+        fields = {name: _value(text) for name, text in settings.items() if name not in ("drafter", "tree")}
         tree = context.tree
         if "tree" in settings:
             tree = named_tree(settings["tree"], self.drafter.config.block_size)
-        self._configure({**self.overrides, **({} if tree is None else {"tree": tree})})
+        self._configure({**fields, **({} if tree is None else {"tree": tree})})
         self.draws_as_plain = self.drafter.config.verifier == "follow"
         try:
             self.tree = drafter_tree(self.drafter)
