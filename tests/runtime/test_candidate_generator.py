@@ -44,19 +44,19 @@ def recorded_draft(
 ) -> tuple[Any, list[torch.Tensor]]:
     """A draft, and the features ``[W * k, H]`` of each of its passes."""
     features: list[torch.Tensor] = []
-    drafter = generator.drafter
-    plain = drafter.logits
+    laws = generator._laws
+    plain = laws.products
 
-    def logits(of: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    def products(of: torch.Tensor) -> torch.Tensor:
         features.append(of.flatten(0, 1))
-        return plain(of, head)
+        return plain(of)
 
-    drafter.logits = logits  # an instance attribute, taken away below
+    laws.products = products  # an instance attribute, taken away below
     try:
         with torch.no_grad():
             return generator.draft(root, max_depth=depth), features
     finally:
-        del drafter.logits
+        del laws.products
 
 
 def path_features(drafter: Any, target: Any, features: torch.Tensor, tokens: torch.Tensor, drafted: list[int]) -> Any:

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .draft_laws import DraftLaws
 from .drafter_context import DrafterContext
 from .dynamic_tree import DynamicTree, calibrated
 from .few_rows import FewRowProducts
 from .rejection import Proposals, SiblingDraws
 from .suffix_lookup import SuffixLookup
-from .target import head_weight, input_embeddings
 from .tree import DraftTree
 from .tree_growth import Growth, LevelLaws
 from .tree_shape import DraftLevel, DraftPass, TreeShape
@@ -76,7 +76,7 @@ class FalconCandidateGenerator:
                     "one, such as {'kind': 'dynamic', 'nodes': 24}, or set lookup=None."
                 )
             self.lookup = None  # a chain, for a target that verifies nothing else
-        self._head = drafter.draft_head(head_weight(target)).to(drafter.device, drafter.dtype)
+        self._laws = DraftLaws(drafter, target)
 
     def append(self, features: torch.Tensor, tokens: torch.Tensor, lengths: list[int] | None = None) -> None:
         """Tell the drafter of committed pairs, see [`DrafterContext.append`]."""
@@ -125,8 +125,10 @@ class FalconCandidateGenerator:
         for index, draft_pass in enumerate(plan.passes):
             if index > 0:
                 features, states = self._next_pass(draft_pass, tokens, features, states)
+            products = self._laws.products(features)
             for level in draft_pass.levels:
-                tokens[:, level.first_node : level.end_node] = self._candidates(features, level, tokens, laws)
+                logits = self._level_logits(products, features, level, tokens)
+                tokens[:, level.first_node : level.end_node] = self._candidates(logits, level, laws)
         ids = self.drafter.draft_vocab_ids
         return DraftTree(
             proposals=Proposals(torch.cat(laws, dim=1), *plan.siblings, ids) if laws else None,
@@ -174,23 +176,25 @@ class FalconCandidateGenerator:
 
     def _level_laws(self, estimates: torch.Tensor, spec: DynamicTree, index: int) -> LevelLaws:
         """The laws of pass ``index`` from its estimates ``[B, W, k, H]``, for [`Growth.block_levels`]."""
+        products = self._laws.products(estimates)
         if self.drafter.correction is None:  # all levels' at once
-            chances, tokens = self._log_chances(estimates, spec, index, slice(None))
+            chances, tokens = self._log_chances(products, spec, index, slice(None))
             return lambda level, _: (chances[:, :, level, None], tokens[:, :, level, None])
 
         def corrected(level: int, before: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-            own = estimates[:, :, level, None]
+            own = products[:, :, level, None]
             if before is not None:
-                own = self._corrected(own.expand(-1, -1, before.shape[2], -1), before)
+                its = estimates[:, :, level, None].expand(-1, -1, before.shape[2], -1)
+                own = self._laws.corrected(own, its, before)
             return self._log_chances(own, spec, index, slice(level, level + 1))
 
         return corrected
 
     def _log_chances(
-        self, estimates: torch.Tensor, spec: DynamicTree, index: int, positions: slice
+        self, products: torch.Tensor, spec: DynamicTree, index: int, positions: slice
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log chances and tokens ``[B, W, n, b]`` of the candidates of n estimates a block, of these positions."""
-        logits = self.drafter.logits(estimates, self._head).float()
+        """Log chances and tokens ``[B, W, n, b]`` of the candidates of n products a block, of these positions."""
+        logits = self._laws.logits(products).float()
         best, ranked = logits.topk(spec.candidates, dim=-1)
         chances = best - logits.logsumexp(-1, keepdim=True)
         if self._calibration is not None:
@@ -198,11 +202,6 @@ class FalconCandidateGenerator:
             chances = calibrated(chances, points, tables[min(index, len(tables) - 1), positions])
         ids = self.drafter.draft_vocab_ids
         return chances, ranked if ids is None else ids[ranked]
-
-    def _corrected(self, estimates: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-        """Estimates ``[..., H]`` corrected for the tokens ``[...]`` chosen before theirs."""
-        embeddings = input_embeddings(self.target, before).to(estimates.device, estimates.dtype)
-        return self.drafter.correct(estimates, embeddings)
 
     def _plan(self, shape: TreeShape, depth: int) -> _FilledShape:
         """The tree cut at ``depth``, with its index tensors; made once a depth."""
@@ -220,17 +219,21 @@ class FalconCandidateGenerator:
             draft_pass.visible,
         )
 
-    def _candidates(
-        self, features: torch.Tensor, level: DraftLevel, tokens: torch.Tensor, laws: list[torch.Tensor]
+    def _level_logits(
+        self, products: torch.Tensor, features: torch.Tensor, level: DraftLevel, tokens: torch.Tensor
     ) -> torch.Tensor:
+        """Logits ``[B, L, draft vocabulary]`` of a level's laws, from its pass's features and their products."""
+        if self.drafter.correction is not None:  # else the level has all laws of its pass
+            products = products[:, level.rows]
+        if level.parents is not None:
+            products = self._laws.corrected(products, features[:, level.rows], tokens[:, level.parents])
+        return self._laws.logits(products)
+
+    def _candidates(self, logits: torch.Tensor, level: DraftLevel, laws: list[torch.Tensor]) -> torch.Tensor:
         """Tokens ``[B, M]`` of the level's nodes: the ranked, or drawn, candidates of their laws.
 
         Laws that were drawn from are put into ``laws``, ``[B, L, draft vocabulary]``.
         """
-        estimates = features[:, level.rows]
-        if level.parents is not None:
-            estimates = self._corrected(estimates, tokens[:, level.parents])
-        logits = self.drafter.logits(estimates, self._head)  # [B, L, draft vocabulary]
         if self._draws is None:
             ranked = logits.topk(level.candidates, dim=-1).indices
         else:

@@ -26,5 +26,9 @@ class FalconCorrection(nn.Module):
 
     def forward(self, estimates: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
         """``[..., H]`` estimates f^_{i+k} and embeddings of t_{i+k} -> ``[..., H]``."""
+        return estimates + F.linear(self.strengths(estimates, embeddings), self.up)
+
+    def strengths(self, estimates: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+        """How much of each column of U, ``[..., rank]``; arguments as in [`forward`]."""
         pairs = torch.cat((estimates, embeddings * self.embedding_scale), dim=-1)
-        return estimates + F.linear(F.silu(self.down(pairs)), self.up)
+        return F.silu(self.down(pairs))

@@ -320,7 +320,11 @@ class FalconDrafter(PreTrainedModel):
 
     def logits(self, features: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         """``[..., H]`` features -> ``[..., draft vocabulary]`` through the target's head rows (see [`draft_head`])."""
-        logits = few_row_linear(features, head) * self.config.logit_scale
+        return self.scale_logits(few_row_linear(features, head))
+
+    def scale_logits(self, products: torch.Tensor) -> torch.Tensor:
+        """Products with the head's rows -> logits, scaled and capped as the target's."""
+        logits = products * self.config.logit_scale
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -88,10 +88,11 @@ class PathDrafter(FalconCandidateGenerator):
             if index > 0:
                 features, states = self._next_pass(draft_pass, path, features, states)
             estimates = features[0]
+            products = self._laws.products(estimates)
             if self.drafter.correction is not None:
                 behind = path[0, index * self.block_size :][1 : self.block_size]  # tokens before positions 2 to k
-                estimates = torch.cat((estimates[:1], self._corrected(estimates[1:], behind)))
-            yield self.drafter.logits(estimates, self._head).float()
+                products = torch.cat((products[:1], self._laws.corrected(products[1:], estimates[1:], behind)))
+            yield self._laws.logits(products).float()
         self.context.forget_tree()
 
 
