@@ -90,6 +90,31 @@ def test_tune_check_and_apply(run: Run, repos: Path, home: Path) -> None:
     assert run(*options(repos, home, prompts=home / "renamed.jsonl"), "--json").exit_code == 0
 
 
+def test_a_check_that_was_stopped_goes_on(
+    run: Run, repos: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = options(repos, home, output=tmp_path / "tune.json", check=tmp_path / "check.json", settings=2)
+    reported = []
+
+    def stopped(text: str) -> None:
+        reported.append(text)
+        if text.startswith("Prompt 3"):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("falcon_hf.cli.tune._progress", lambda shown: stopped)
+        result = run(*given)
+    assert result.exit_code == 130, result.output
+    assert "goes on" in result.stderr
+    begun = json.loads((tmp_path / "check.json").read_text())
+    assert (begun["complete"], len(begun["turns"])) == (False, 2)
+    result = run(*given, "--json")
+    assert result.exit_code == 0, result.output
+    check = json.loads((tmp_path / "check.json").read_text())
+    assert check["turns"][:2] == begun["turns"]
+    assert (check["complete"], len(check["turns"]), check["summary"]["calls"]) == (True, 3, 3)
+
+
 @pytest.mark.parametrize(("name", "count"), [("prompts.jsonl", 2), ("prompts.txt", 3)])
 def test_other_prompt_files(run: Run, repos: Path, home: Path, tmp_path: Path, name: str, count: int) -> None:
     result = run(*options(repos, home, prompts=home / name, output=tmp_path / "tune.json"), "--json")

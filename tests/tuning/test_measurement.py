@@ -14,7 +14,8 @@ from falcon_hf.runtime.target import family
 from falcon_hf.runtime.tree_shape import chain
 from falcon_hf.tuning.calibrate import CalibrationPlan, NamedDrafter, Prompt, calibrate
 from falcon_hf.tuning.calibration import Calibration
-from falcon_hf.tuning.check import compare, measure, read_check, spread_settings, sweep_settings, write_check
+from falcon_hf.tuning.check import compare, measure, spread_settings, sweep_settings
+from falcon_hf.tuning.check_file import CheckFile, read_check
 from falcon_hf.tuning.choice import choose
 from falcon_hf.tuning.cost_measurement import probe_shape, start_session, time_drafts, time_verification
 from falcon_hf.tuning.errors import TuningError
@@ -202,11 +203,13 @@ def test_check_sets_predictions_beside_measurements(calibrated, tmp_path):
     settings = spread_settings(calibration.options(), 5, 2, 8)
     assert len({setting.shape for setting in settings}) == 5
     own_tree = drafters[0].drafter.config.tree
-    measured = measure(target, drafters, prompts, settings, 10)
+    file = CheckFile(tmp_path / "check.json", {"settings": 5})
+    turns = measure(target, drafters, prompts, settings, 10, keep=file.add)
     assert drafters[0].drafter.config.tree == own_tree, "the drafter's tree is back"
-    assert measured[0]["sums"].tokens == 9
-    result = compare(calibration, settings, measured)
-    write_check(tmp_path / "check.json", result)
+    assert [turn.calls[0].tokens for turn in turns if turn.task == "sums"] == [9]
+    with pytest.raises(TuningError, match="cut off"):
+        read_check(tmp_path / "check.json")
+    file.finish(compare(calibration, settings, turns))
     back = read_check(tmp_path / "check.json")
     assert [entry["nodes"] for entry in back["settings"]] == [setting.nodes for setting in settings]
     for entry in back["settings"]:
@@ -216,6 +219,18 @@ def test_check_sets_predictions_beside_measurements(calibrated, tmp_path):
     best = back["summary"]["best"]
     assert best["speedup"] == max(entry["measured"]["speedup"] for entry in back["settings"])
     assert best["chosen_falls_short_by"] >= 0
+
+
+def test_a_check_measures_what_is_not_done(calibrated):
+    target, drafters, prompts, calibration, _ = calibrated
+    settings = spread_settings(calibration.options(), 1, 2, 8)
+    first = measure(target, drafters, prompts, settings, 10)
+    kept = []
+    again = measure(target, drafters, prompts, settings, 10, repeats=2, done=first, keep=kept.append)
+    assert again == first + kept
+    assert [turn.task for turn in kept] == [prompt.task for prompt in prompts]
+    quartiles = compare(calibration, settings, again)["settings"][0]["measured"]["quartiles"]
+    assert 0 < quartiles[0] <= quartiles[1] <= quartiles[2]
 
 
 def test_sweep_has_all_cells(calibrated):

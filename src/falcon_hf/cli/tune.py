@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +17,6 @@ from ..bench.result_file import first_setting_that_differs
 from ..drafter_loading import DrafterError, drafter_folder
 from ..tuning.calibrate import CalibrationPlan, NamedDrafter, calibrate
 from ..tuning.calibration import Calibration
-from ..tuning.check import SWEEP_NODES, compare, measure, spread_settings, sweep_settings, write_check
 from ..tuning.choice import Prediction, choose
 from ..tuning.drafter_tree import write_drafter_tree
 from ..tuning.errors import TuningError
@@ -38,6 +36,7 @@ from .console import (
 )
 from .loading import DEMO, find_demo_drafter, load_drafter, load_target
 from .prompts import read_prompts
+from .tune_check import check_settings, run_check
 from .tune_plan import curves, simulate
 from .tune_tables import check_table, choice_table, prediction_values
 
@@ -187,20 +186,12 @@ def tune(
                     write_drafter_tree(apply, own.shape)
             result = None
             if check is not None:
-                options = calibration.options()
-                chosen = spread_settings(options, settings, max_passes, max_nodes)
-                if sweep:
-                    sizes = [size for size in SWEEP_NODES if size <= max_nodes]
-                    # The automatic choice is none of the sweep's sizes: it is measured beside them.
-                    chosen = [replace(best, kind="chosen"), *sweep_settings(options, range(1, max_passes + 1), sizes)]
-                if dynamic:
-                    chosen += [calibration.dynamic(one) for one in chosen if one.kind in ("tuned", "chosen")]
                 wanted = asked if check_prompts is None else read_prompts(check_prompts, tokenizer, num_prompts)
-                measured = measure(
-                    model, drafters, wanted.prompts, chosen, max_new_tokens, check_repeats, _progress(not as_json)
-                )
-                result = compare(calibration, chosen, measured)
-                write_check(check, result)
+                chosen = check_settings(calibration, best, plan, None if sweep else settings, dynamic)
+                result = run_check(
+                    check, output, calibration, model, drafters, wanted, chosen, max_new_tokens, check_repeats,
+                    _progress(not as_json),
+                )  # fmt: skip
                 if apply is not None and dynamic:  # what a dynamic tree is worth is known by now, and only now
                     timed = [entry for entry in result["settings"] if entry["drafter"] == receiver]
                     fastest = max(timed, key=lambda entry: float(entry["measured"]["tokens_per_second"]))
@@ -209,6 +200,9 @@ def tune(
                 _draw(pictures, calibration, best, result if sweep else None)
     except (TuningError, BenchError, DrafterError) as error:
         fail(str(error))
+    except KeyboardInterrupt:
+        stderr.print("Stopped. A finished calibration and a begun --check are kept; the same command goes on.")
+        raise typer.Exit(130) from None
     _show(found, result, output, apply, as_json)
 
 

@@ -2,24 +2,22 @@
 
 Each prompt is answered by plain decoding and by every setting, one after the other, in an order that rotates from
 prompt to prompt, so that a slow minute of the machine hits all alike. Speeds leave the prefill out, which drafting does
-not change.
+not change. ``check_file.py`` keeps what was measured after each prompt.
 """
 
 from __future__ import annotations
 
 import logging
 import statistics
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from ..runtime.tree_shape import TreeShape, chain
 from .calibrate import NamedDrafter, Prompt
-from .calibration import Calibration, read_json, write_json
+from .calibration import Calibration
 from .choice import Option, Prediction, choose, grid, predict
 from .cost_measurement import plain_decoding
 from .errors import TuningError
@@ -27,7 +25,6 @@ from .whole_calls import generate_with
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "falcon-hf-check/1"
 SWEEP_PASSES = (1, 2, 3, 4)
 SWEEP_NODES = (8, 16, 24, 32, 48, 64)
 
@@ -67,6 +64,19 @@ class Measurement:
         return self.tokens / self.rounds if self.rounds else 0.0
 
 
+@dataclass(frozen=True)
+class Turn:
+    """One prompt's calls.
+
+    Attributes:
+        task: the prompt's.
+        calls: what plain decoding did (index 0) and each setting (from index 1 on).
+    """
+
+    task: str
+    calls: tuple[Measurement, ...]
+
+
 def spread_settings(options: Sequence[Option], count: int, max_passes: int, max_nodes: int) -> list[Prediction]:
     """``count`` settings that differ: the best, the paper's trees and chains, then trees spread over passes and sizes.
 
@@ -104,8 +114,21 @@ def measure(
     max_new_tokens: int,
     repeats: int = 1,
     report: Callable[[str], None] = logger.info,
-) -> list[dict[str, Measurement]]:
-    """Measure plain decoding (index 0) and each setting (from index 1 on), by task.
+    done: Sequence[Turn] = (),
+    keep: Callable[[Turn], None] = lambda turn: None,
+) -> list[Turn]:
+    """Measure plain decoding and each setting on every prompt, ``repeats`` times.
+
+    Args:
+        target: the target.
+        drafters: those that the settings name.
+        prompts: at least one.
+        settings: what to measure.
+        max_new_tokens: of each call.
+        repeats: times the prompts are gone through.
+        report: told what is being done.
+        done: the first turns, where an earlier run has measured them.
+        keep: given each further turn.
 
     Raises:
         TuningError: if there is no prompt, or a setting's drafter is not among ``drafters``.
@@ -114,7 +137,6 @@ def measure(
     missing = [setting.drafter for setting in settings if setting.drafter not in by_name]
     if missing or not prompts:
         raise TuningError(f"No drafter {missing[0]!r} is given." if missing else "A check needs at least one prompt.")
-    found: list[dict[str, Measurement]] = [defaultdict(Measurement) for _ in range(len(settings) + 1)]
 
     def run(index: int, prompt: Prompt, new_tokens: int) -> Measurement:
         if index == 0:
@@ -126,36 +148,40 @@ def measure(
         seconds = counted.total_seconds - counted.prefill_seconds
         return Measurement(1, counted.new_tokens - 1, seconds, counted.rounds)
 
-    for index in range(len(found)):  # first calls cost more
-        run(index, prompts[0], min(max_new_tokens, 8))
-    for turn in range(repeats * len(prompts)):
+    turns, total, methods = list(done), repeats * len(prompts), range(len(settings) + 1)
+    if len(turns) < total:
+        for index in methods:  # first calls cost more
+            run(index, prompts[0], min(max_new_tokens, 8))
+    for turn in range(len(turns), total):
         prompt = prompts[turn % len(prompts)]
-        report(f"Prompt {turn + 1} of {repeats * len(prompts)}")
-        for step in range(len(found)):
-            index = (turn + step) % len(found)
-            found[index][prompt.task] += run(index, prompt, max_new_tokens)
-    return [dict(own) for own in found]
+        report(f"Prompt {turn + 1} of {total}")
+        order = [(turn + step) % len(methods) for step in methods]
+        calls = {index: run(index, prompt, max_new_tokens) for index in order}
+        turns.append(Turn(prompt.task, tuple(calls[index] for index in methods)))
+        keep(turns[-1])
+    return turns
 
 
-def compare(
-    calibration: Calibration, settings: Sequence[Prediction], measured: Sequence[dict[str, Measurement]]
-) -> dict[str, Any]:
-    """Predictions beside measurements; JSON values.
+def compare(calibration: Calibration, settings: Sequence[Prediction], turns: Sequence[Turn]) -> dict[str, Any]:
+    """Predictions beside what the ``turns`` measured; JSON values.
 
     ``error`` is |predicted - measured| / measured tokens per second; None for a dynamic tree, whose prediction is that
-    of a static one of its size. ``best_by_task`` says, for each task that has a speed, which setting was fastest and
-    how far the predicted best one is from it.
+    of a static one of its size. ``quartiles`` are of the speedups prompt by prompt, of those where both have a speed.
+    ``best_by_task`` says, for each task that has a speed, which setting was fastest and how far the predicted best one
+    is from it.
 
     Raises:
         TuningError: if no answer is long enough to have a speed.
     """
-    totals = [sum(own.values(), Measurement()) for own in measured]
+    tasks = list(dict.fromkeys(turn.task for turn in turns))
+    totals = _sums(turns)
+    measured = {task: _sums([turn for turn in turns if turn.task == task]) for task in tasks}
     plain = totals[0]
     if not all(own.tokens for own in totals):
         raise TuningError("No answer has two tokens or more, so there is no speed: check on other prompts.")
-    timed = [task for task in measured[0] if all(own[task].tokens for own in measured)]
+    timed = [task for task in tasks if all(own.tokens for own in measured[task])]
     entries: list[dict[str, Any]] = []
-    for setting, own, by_task in zip(settings, totals[1:], measured[1:], strict=True):
+    for index, (setting, own) in enumerate(zip(settings, totals[1:], strict=True), start=1):
         entries.append(
             {
                 "drafter": setting.drafter,
@@ -176,15 +202,15 @@ def compare(
                     "round_seconds": own.seconds / own.rounds if own.rounds else 0.0,
                     "tokens_per_second": own.tokens_per_second,
                     "speedup": own.tokens_per_second / plain.tokens_per_second,
+                    "quartiles": _quartiles(turns, index),
                 },
-                "by_task": {task: by_task[task].tokens_per_second / _plain(measured, task) for task in timed},
+                "by_task": {task: _speedup(measured[task], index) for task in timed},
                 "error": None if setting.dynamic else abs(setting.tokens_per_second / own.tokens_per_second - 1),
             }
         )
     errors = [entry["error"] for entry in entries if entry["error"] is not None]
     best = max(range(len(entries)), key=lambda index: entries[index]["predicted"]["tokens_per_second"])
     return {
-        "format": FORMAT,
         "provenance": calibration.provenance,
         "plain": {
             "predicted": {"tokens_per_second": 1 / calibration.plain_seconds},
@@ -203,8 +229,20 @@ def compare(
     }
 
 
-def _plain(measured: Sequence[dict[str, Measurement]], task: str) -> float:
-    return measured[0][task].tokens_per_second
+def _sums(turns: Sequence[Turn]) -> list[Measurement]:
+    """What plain decoding and each setting did in all turns together."""
+    return [sum(own, Measurement()) for own in zip(*(turn.calls for turn in turns), strict=True)]
+
+
+def _speedup(calls: Sequence[Measurement], index: int) -> float:
+    return calls[index].tokens_per_second / calls[0].tokens_per_second
+
+
+def _quartiles(turns: Sequence[Turn], index: int) -> list[float]:
+    """First, second and third quartile of a setting's speedups on single prompts."""
+    timed = [turn.calls for turn in turns if turn.calls[0].tokens and turn.calls[index].tokens]
+    speedups = [_speedup(calls, index) for calls in timed]
+    return statistics.quantiles(speedups, n=4, method="inclusive") if len(speedups) > 1 else speedups * 3
 
 
 def _best(entries: list[dict[str, Any]], chosen: int, task: str | None) -> dict[str, Any]:
@@ -223,24 +261,3 @@ def _best(entries: list[dict[str, Any]], chosen: int, task: str | None) -> dict[
         "chosen_speedup": speed(chosen),
         "chosen_falls_short_by": 1 - speed(chosen) / speed(fastest),
     }
-
-
-def read_check(path: Path) -> dict[str, Any]:
-    """A result of [`compare`] from a file.
-
-    Raises:
-        TuningError: if it is none.
-    """
-    value = read_json(path)
-    if value.get("format") != FORMAT or not isinstance(value.get("settings"), list):
-        raise TuningError(f"{path} is not a result of falcon-hf tune --check.")
-    return value
-
-
-def write_check(path: Path, value: dict[str, Any]) -> None:
-    """Write a result of [`compare`].
-
-    Raises:
-        TuningError: if the file cannot be written.
-    """
-    write_json(path, value)
