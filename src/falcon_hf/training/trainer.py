@@ -31,6 +31,7 @@ from .evaluation import EvaluationPlan, Tally, evaluate_batch
 from .features import compute_features
 from .losses import DraftHead, feature_loss, vocabulary_loss
 from .row_draws import RowDraws
+from .training_notes import TrainingNotes
 
 logger = logging.getLogger(__name__)
 
@@ -93,10 +94,8 @@ class FalconTrainer(Trainer):
             places = torch.full((drafter.config.vocab_size,), -1)
             places[drafter.draft_vocab_ids.cpu()] = torch.arange(len(drafter.draft_vocab_ids))
         self._draft_places = places.to(device)
-        self._sums: dict[str, torch.Tensor] = {}
         self._micro = (-1, -1)  # optimizer step and micro-batch of the last batch
-        self.positions_seen = 0
-        self._last_log = (time.perf_counter(), 0)
+        self._notes = TrainingNotes(device)
 
     # Data
 
@@ -236,7 +235,7 @@ class FalconTrainer(Trainer):
         uniform = draws.uniform("glance", columns // k + 2, 3)
         replaced = choose_glanced(glance_count(distance, weight), learned, offsets, k, uniform, longest)
         positions = learned.sum().clamp_min(1)
-        self._note(glanced=replaced.sum() / positions, first_pass_error=distance.sum() / positions)
+        self._notes.add(glanced=replaced.sum() / positions, first_pass_error=distance.sum() / positions)
         return replaced
 
     def _forward(
@@ -314,7 +313,7 @@ class FalconTrainer(Trainer):
             rows = max(1, len(index))
             prefix = "" if number == 1 else f"pass{number}_"
             means = {"smooth_l1": smooth.detach() / rows, "kl": sums[0] / rows, "agreement": agree.sum() / rows}
-            self._note(**{prefix + name: value for name, value in means.items()})
+            self._notes.add(**{prefix + name: value for name, value in means.items()})
         if corrected is not None:  # only behind a first position is there a token that a law does not know
             mine = later.flatten().index_select(0, wanted[0])
             index = wanted[0][mine]
@@ -324,8 +323,11 @@ class FalconTrainer(Trainer):
             )
             total = total + args.vocabulary_weight * args.correction_weight * vocabulary
             rows = max(1, len(index))
-            self._note(corrected_kl=sums[0] / rows, corrected_agreement=agree.sum() / rows)
-        self._count_positions(len(wanted[0]))
+            self._notes.add(corrected_kl=sums[0] / rows, corrected_agreement=agree.sum() / rows)
+        if self._notes.positions_seen == 0 and self.state.global_step > 0:  # the first step after a resume
+            logged = (entry["positions_seen"] for entry in self.state.log_history if "positions_seen" in entry)
+            self._notes.resume(int(max(logged, default=0)))
+        self._notes.positions_seen += len(wanted[0])
         return total / shared.clamp_min(1)
 
     def _over_processes(self, sums: torch.Tensor) -> torch.Tensor:
@@ -333,31 +335,15 @@ class FalconTrainer(Trainer):
 
     # Reports
 
-    def _note(self, **values: torch.Tensor) -> None:
-        """Add to what the next training log averages."""
-        for name, value in values.items():
-            held = self._sums.get(name)
-            value = value.detach().to(self.args.device, torch.float32)
-            entry = torch.stack([value, torch.ones_like(value)])
-            self._sums[name] = entry if held is None else held + entry
-
-    def _count_positions(self, positions: int) -> None:
-        """Count positions with a loss that this process has seen, those before a resume included."""
-        if self.positions_seen == 0 and self.state.global_step > 0:
-            logged = (entry["positions_seen"] for entry in self.state.log_history if "positions_seen" in entry)
-            self.positions_seen = int(max(logged, default=0))
-            self._last_log = (time.perf_counter(), self.positions_seen)
-        self.positions_seen += positions
+    @property
+    def positions_seen(self) -> int:
+        """Positions with a loss that this process has seen, those before a resume included."""
+        return self._notes.positions_seen
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As ``Trainer.log``; training logs also have the means of what the steps since the last one noted."""
         if "loss" in logs:
-            then, seen = self._last_log
-            now = time.perf_counter()
-            means = {name: float(total / count) for name, (total, count) in self._sums.items()}
-            speed = (self.positions_seen - seen) / max(now - then, 1e-9)
-            logs = {**logs, **means, "positions_seen": self.positions_seen, "positions_per_second": round(speed, 1)}
-            self._sums, self._last_log = {}, (now, self.positions_seen)
+            logs = {**logs, **self._notes.take()}
         super().log(logs, start_time)
 
     def evaluate(
@@ -391,8 +377,7 @@ class FalconTrainer(Trainer):
             with self.accelerator.autocast():
                 evaluate_batch(model, pairs, pairs.features.to(self._dtype), embed, plan, tally, args.smooth_l1_beta)
         tally.values = self._over_processes(tally.values)
-        then, seen = self._last_log
-        self._last_log = (then + time.perf_counter() - started, seen)  # no time of training
+        self._notes.leave_out(time.perf_counter() - started)
         weight = args.vocabulary_weight
         metrics = tally.metrics(
             metric_key_prefix, (args.feature_weight, weight * args.kl_weight, weight * args.ce_weight)
