@@ -233,6 +233,34 @@ def test_a_trained_drafter_gains_a_correction(tiny_target, tiny_drafter, text_fi
             make_drafter(wrong, target, tiny_text, tiny_text)
 
 
+def test_a_trained_drafter_gains_draft_vocabulary(tiny_target, tiny_drafter, text_file, tmp_path, tiny_text):
+    """It keeps its tokens and weights; the text's most frequent of the others come in."""
+    target = tiny_target(VOCAB)
+    first = tiny_drafter(target, 2, "linear", draft_vocab_size=12)
+    first.save_pretrained(tmp_path / "first")
+    source, said = str(tmp_path / "first"), []
+    made = make_drafter(
+        plan_of(text_file, tmp_path, init_from=source, draft_vocab_size=18), target, tiny_text, tiny_text,
+        report=said.append,
+    )  # fmt: skip
+    held, grown = (set(drafter.draft_vocab_ids.tolist()) for drafter in (first, made))
+    assert (made.config.draft_vocab_size, len(grown), held < grown) == (18, 18, True)
+    assert "18 tokens" in said[0]
+    counts = torch.bincount(torch.from_numpy(tiny_text.tokens[tiny_text.loss_mask].astype("int64")), minlength=VOCAB)
+    others = [counts[token] for token in range(VOCAB) if token not in grown]
+    assert min(counts[token] for token in grown - held - {target.config.eos_token_id}) >= max(others)
+    assert torch.equal(made.fusion.linear.weight, first.fusion.linear.weight)
+    train_drafter(plan_of(text_file, tmp_path, init_from=source, draft_vocab_size=18), arguments(tmp_path), target)
+    trained = FalconDrafter.from_pretrained(tmp_path / "drafter")
+    assert set(trained.draft_vocab_ids.tolist()) == grown
+    assert_same_text(target, trained, prompt_ids(VOCAB, 5), max_new_tokens=12)
+    for size in (12, VOCAB):
+        with pytest.raises(TrainingError, match=f"drafts over 12 of {VOCAB} tokens, and cannot grow to {size}"):
+            make_drafter(
+                plan_of(text_file, tmp_path, init_from=source, draft_vocab_size=size), target, tiny_text, tiny_text
+            )
+
+
 def test_bad_plans_are_told(tiny_target, tiny_drafter, text_file, tmp_path, tiny_text):
     target = tiny_target(VOCAB)
     for given, words in (
@@ -273,7 +301,6 @@ def test_a_drafter_that_goes_on_is_the_new_targets(tiny_target, tiny_drafter, te
     [
         ({"block_size": 3}, "its block_size: leave out that"),
         ({"fusion": "lstm"}, "fusion"),
-        ({"draft_vocab_size": 20}, "draft_vocab_size"),
         ({"target_layers": True}, "target_layers"),
         ({"config": {"num_hidden_layers": 2}}, "num_hidden_layers"),
         ({"config": {"feature_layers": [1, 2]}, "block_size": 4}, "block_size, feature_layers: leave out those"),

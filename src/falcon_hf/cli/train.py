@@ -54,7 +54,11 @@ def train(
     fusion: Annotated[str, typer.Option(help="linear, lstm (the paper's) or lstm_stateless.")] = "linear",
     layers: Annotated[int, typer.Option(min=1, help="Decoder layers of the drafter.")] = 1,
     draft_vocab_size: Annotated[
-        int | None, typer.Option(help="Tokens drafted over, the text's most frequent. [default: 8192, or all of 16384]")
+        int | None,
+        typer.Option(
+            help="Tokens drafted over, the text's most frequent; with --init-from its own and those. "
+            "[default: 8192, or all of 16384]"
+        ),
     ] = None,
     feature_layers: Annotated[
         str | None, typer.Option(help="Hidden states that make a feature, such as 10,20,30; the last alone by default.")

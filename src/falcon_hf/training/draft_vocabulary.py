@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
+from transformers import PreTrainedModel
 
 from .dataset import TrainingData
 
@@ -18,7 +20,7 @@ def choose_draft_vocabulary(data: TrainingData, size: int, vocab_size: int, alwa
         data: what is trained on; only tokens with a loss count.
         size: how many.
         vocab_size: V.
-        always: ids that are in whatever their frequency (end of text).
+        always: ids that are in whatever their frequency (end of text; a vocabulary that is to grow).
 
     Returns:
         ``[size]`` int64.
@@ -41,3 +43,14 @@ def coverage(data: TrainingData, draft_ids: np.ndarray, vocab_size: int) -> floa
     inside[draft_ids] = True
     learned = data.tokens[data.loss_mask]
     return float(inside[learned].mean()) if len(learned) else 0.0
+
+
+def control_tokens(target: PreTrainedModel, tokenizer: Any) -> list[int]:
+    """Ends of text and turn, which must be draftable however rare the data has them."""
+    configured = [target.config.get_text_config().eos_token_id]
+    generation = getattr(target, "generation_config", None)
+    configured += [getattr(generation, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)]
+    tokens: list[int] = []
+    for entry in configured:
+        tokens += entry if isinstance(entry, list) else [] if entry is None else [entry]
+    return tokens

@@ -33,8 +33,8 @@ class TrainingPlan:
         config: further fields of the drafter's config, such as ``num_hidden_layers``.
         target_layers: whether the decoder layers start as the target's last (see [`start_from_target_layers`]).
         init_from: folder or Hub repo of a drafter to go on from; its config is kept, but for the target's name, and the
-            tree if one is given. Fields that say what a new drafter is like are refused, but for a ``correction_rank``
-            where it has none: a correction starts as nothing.
+            tree if one is given. Fields that say what a new drafter is like are refused, but for what it can gain: a
+            ``correction_rank`` where it has none, and a larger ``draft_vocab_size``.
         lora_rank: train low-rank additions to that drafter only, merged in at the end; 0 trains all weights.
         save_dtype: of the saved weights.
     """
@@ -74,6 +74,6 @@ class TrainingPlan:
     def _shape_given(self) -> list[str]:
         """The fields that say what a new drafter is like and are not as by default; config's by their own names."""
         fields = type(self).__dataclass_fields__
-        names = ("block_size", "fusion", "draft_vocab_size", "target_layers")
+        names = ("block_size", "fusion", "target_layers")
         shape = [name for name in names if getattr(self, name) != fields[name].default]
         return shape + [name for name in self.config if name != "correction_rank"]
