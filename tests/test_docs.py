@@ -57,6 +57,17 @@ def test_python_compiles_and_commands_know_their_options(page: Path) -> None:
                     assert option in shown.output, f"{page.name}: {line}"
 
 
+def test_tables_of_commands_are_their_output() -> None:
+    """Below ``<!-- from: COMMAND -->`` each row is a line of what the command prints; here the simulated ones."""
+    blocks = [block for page in PAGES for block in re.findall(r"<!-- from: (.*?) -->\n((?:\|.*\n)+)", page.read_text())]
+    assert blocks
+    for command, rows in blocks:
+        shown = CliRunner().invoke(app, command.split()[1:])
+        assert shown.exit_code == 0, command
+        lines = shown.output.splitlines()
+        assert [row for row in rows.splitlines() if row not in lines] == [], command
+
+
 def test_links_to_pictures_and_their_code() -> None:
     for page in PAGES:
         for picture in re.findall(r"\]\((pictures/[^)]+)\)", page.read_text(encoding="utf-8")):
