@@ -20,6 +20,7 @@ RESULTS = (
     "mt-bench-float32-greedy",
     "gsm8k-float32-greedy",
     "humaneval-float32-greedy",
+    "out-of-domain-float32-greedy",
     "mt-bench-float32-sampled",
     "mt-bench-float32-penalties",
     "mt-bench-bfloat16-greedy",
@@ -28,7 +29,7 @@ RESULTS = (
     "mt-bench-bfloat16-batch4",
     "mt-bench-bfloat16-batch8",
 )
-FURTHER = ("mt-bench-float32-500-tokens", "mt-bench-float32-1000-tokens", "mt-bench-float32-2000-tokens")
+FURTHER: tuple[str, ...] = ()
 
 
 def results(names: tuple[str, ...] = RESULTS + FURTHER) -> list[Path]:

@@ -190,7 +190,7 @@ def test_a_trained_drafter_goes_on(tiny_target, tiny_drafter, text_file, tmp_pat
     first = tiny_drafter(target, 2, "linear", draft_vocab_size=20)
     first.draft_vocab_ids.copy_(torch.arange(4, 24))
     first.save_pretrained(tmp_path / "first")
-    (tmp_path / "first" / "recipe.json").write_text('{"run": {"steps": 5}}')
+    (tmp_path / "first" / "recipe.json").write_text('{"run": {"steps": 5}, "card": {"license": "mit"}}')
     train(
         text_file, target, tmp_path, init_from=str(tmp_path / "first"), lora_rank=lora_rank,
         given={"learning_rate": 1e-2}, tree=[[0], [1], [2]],

@@ -87,6 +87,8 @@ def train_drafter(
     )
     # What the drafter to go on from was made of, its own ancestors included.
     started_from = None if plan.init_from is None else data_recipe(plan.init_from)
+    if isinstance(started_from, dict):
+        started_from.pop("card", None)  # words about that drafter, not about how it came to be
     torch.manual_seed(args.seed)  # weights of a new drafter; what transformers.Trainer does as well
     drafter = make_drafter(plan, target, train, held_out, tokenizer, say)
     if args.process_index == 0:
