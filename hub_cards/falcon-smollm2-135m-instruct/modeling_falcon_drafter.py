@@ -294,11 +294,19 @@ class FalconDrafter(PreTrainedModel):
         """Estimates ``[..., H]`` corrected for the token chosen before theirs, given by its embedding ``[..., H]``.
 
         Raises:
-            ValueError: if the drafter has no correction (``config.correction_rank``).
+            ValueError: as [`required_correction`].
+        """
+        return self.required_correction()(estimates, embeddings)
+
+    def required_correction(self) -> FalconCorrection:
+        """The correction.
+
+        Raises:
+            ValueError: if the drafter has none (``config.correction_rank``).
         """
         if self.correction is None:
             raise ValueError("This drafter has no correction; make it with correction_rank.")
-        return self.correction(estimates, embeddings)
+        return self.correction
 
     def combine(self, features: torch.Tensor) -> torch.Tensor:
         """``[B, S, W]`` features as the target gives them -> ``[B, S, H]`` as the fusion takes them.

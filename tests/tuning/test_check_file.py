@@ -42,6 +42,7 @@ def test_another_check_is_refused(tmp_path):
     [
         (lambda value: value.update(format="falcon-hf-check/1"), "older"),
         (lambda value: value.pop("turns"), "not a result"),
+        (lambda value: value.update(complete=True), "not a result"),  # without a comparison's settings
         (lambda value: value["turns"][0].pop("calls"), "damaged"),
         (lambda value: value["turns"][0]["calls"][0].update(joules=1), "damaged"),
     ],

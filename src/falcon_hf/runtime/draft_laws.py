@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,7 +32,11 @@ class DraftLaws:
         self.drafter = drafter
         self.target = target
         self._head = drafter.draft_head(head_weight(target)).to(drafter.device, drafter.dtype)
-        self._head_up = None if drafter.correction is None else self._head @ drafter.correction.up
+
+    @functools.cached_property
+    def _head_up(self) -> torch.Tensor:
+        """``[draft vocabulary, rank]``, head U."""
+        return self._head @ self.drafter.required_correction().up
 
     def products(self, estimates: torch.Tensor) -> torch.Tensor:
         """``[..., H]`` estimates -> ``[..., draft vocabulary]``, for [`logits`] or to be corrected first."""
@@ -46,12 +51,11 @@ class DraftLaws:
             before: ``[...]``.
 
         Raises:
-            ValueError: if the drafter has no correction (``config.correction_rank``).
+            ValueError: as [`FalconDrafter.required_correction`].
         """
-        if self.drafter.correction is None or self._head_up is None:
-            raise ValueError("This drafter has no correction; make it with correction_rank.")
         embeddings = input_embeddings(self.target, before).to(estimates.device, estimates.dtype)
-        return products + few_row_linear(self.drafter.correction.strengths(estimates, embeddings), self._head_up)
+        strengths = self.drafter.required_correction().strengths(estimates, embeddings)
+        return products + few_row_linear(strengths, self._head_up)
 
     def logits(self, products: torch.Tensor) -> torch.Tensor:
         """The logits of products, scaled and capped as the target's."""

@@ -81,7 +81,8 @@ def read_check(path: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     value = read_json(path)
-    if value.get("format") != FORMAT or not value.keys() >= {"complete", "plan", "turns"}:
+    held = value.get("format") == FORMAT and value.keys() >= {"complete", "plan", "turns"}
+    if not held or (value["complete"] and not isinstance(value.get("settings"), list)):
         raise TuningError(f"{path} is not a result of falcon-hf tune --check, or of an older one: choose another file.")
     return value
 
