@@ -30,15 +30,16 @@ def test_out_of_domain_is_all_domains() -> None:
 
 def test_every_data_file_is_a_set() -> None:
     folder = Path(question_sets.__file__).parent / "data"
-    assert {path.stem for path in folder.glob("*.jsonl")} == {*OUT_OF_DOMAIN, "everyday"}
+    assert {path.stem for path in folder.glob("*.jsonl")} == {*OUT_OF_DOMAIN, "everyday", "repetitive"}
     assert "CC0" in (folder / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_first_everyday_questions_hold_every_kind() -> None:
-    everyday = find_questions("everyday")
-    kinds = {question.category for question in everyday.questions}
-    assert everyday.size == 3 * len(kinds) == len({question.turns for question in everyday.questions})
-    assert {question.category for question in everyday.questions[: len(kinds)]} == kinds
+@pytest.mark.parametrize("name", ["everyday", "repetitive"])
+def test_the_first_questions_hold_every_kind(name: str) -> None:
+    found = find_questions(name)
+    kinds = {question.category for question in found.questions}
+    assert found.size == 3 * len(kinds) == len({question.turns for question in found.questions})
+    assert {question.category for question in found.questions[: len(kinds)]} == kinds
 
 
 def test_a_file_comes_before_a_name(question_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,4 +124,4 @@ def test_the_hub_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_name_is_known() -> None:
-    assert set(NAMES) >= {"mt-bench", "gsm8k", "humaneval", "spec-bench", "everyday", "out-of-domain"}
+    assert set(NAMES) >= {"mt-bench", "gsm8k", "humaneval", "spec-bench", "everyday", "repetitive", "out-of-domain"}

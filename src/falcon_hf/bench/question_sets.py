@@ -90,8 +90,8 @@ def _spec_bench(name: str) -> QuestionSet:
     )
 
 
-def _everyday(name: str) -> QuestionSet:
-    return QuestionSet.of(name, _of_this_package("everyday"))
+def _own_set(name: str) -> QuestionSet:
+    return QuestionSet.of(name, _of_this_package(name))
 
 
 def _out_of_domain(name: str) -> QuestionSet:
@@ -109,7 +109,8 @@ NAMES: dict[str, Callable[[str], QuestionSet]] = {
     "gsm8k": _gsm8k,
     "humaneval": _humaneval,
     "spec-bench": _spec_bench,
-    "everyday": _everyday,
+    "everyday": _own_set,
+    "repetitive": _own_set,
     "out-of-domain": _out_of_domain,
     **{f"out-of-domain/{domain}": _out_of_domain for domain in OUT_OF_DOMAIN},
 }

@@ -19,6 +19,7 @@ The results are the same up to the rounding of the sums: ``tests/runtime/test_fe
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -26,6 +27,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .fused_norms import fused_norm
 from .half_precision import multiplies_fast
 
 _MOST_ROWS = 32
@@ -35,9 +37,9 @@ _SLICE_BYTES = 1 << 22  # of a widened weight: stays in a CPU's cache between be
 
 
 class FewRowProducts:
-    """While entered, a model's linear layers multiply by [`few_row_linear`]; else it is as it was.
+    """While entered, a model's linear layers multiply by [`few_row_linear`], its norms by [`fused_norm`].
 
-    Layers are left alone where they are quantised, not torch's own, or have been given another forward (hooks,
+    Modules are left alone where they are quantised, not torch's own, or have been given another forward (hooks,
     compilation), and all of a compiled model's, whose graph would be made anew.
 
     Args:
@@ -49,7 +51,7 @@ class FewRowProducts:
         self._forwards: list[tuple[nn.Module, Any]] = []
         if not has_other_forward(model):
             self._forwards = [
-                (layer, functools.partial(_forward, layer)) for layer in model.modules() if _is_plain(layer)
+                (module, forward) for module in model.modules() if (forward := _cheaper_forward(module)) is not None
             ]
 
     def __enter__(self) -> None:
@@ -63,10 +65,15 @@ class FewRowProducts:
             vars(module).pop("forward", None)  # another thread's call may have been here first
 
 
+def _cheaper_forward(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    if has_other_forward(module):
+        return None
+    return functools.partial(_forward, module) if _is_plain(module) else fused_norm(module)
+
+
 def _is_plain(module: nn.Module) -> bool:
     """A layer of torch's own on a CPU, whose weight is a plain tensor, not a quantised or distributed one."""
-    plain = type(module) is nn.Linear and type(module.weight) is nn.Parameter and module.weight.device.type == "cpu"
-    return plain and not has_other_forward(module)
+    return type(module) is nn.Linear and type(module.weight) is nn.Parameter and module.weight.device.type == "cpu"
 
 
 def has_other_forward(module: nn.Module) -> bool:

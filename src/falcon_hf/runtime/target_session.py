@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, StaticLayer
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
+from .cache_room import CacheRoom
 from .few_rows import FewRowProducts
 from .returned_attentions import PlainRows
 from .shared_heads import SharedHeads
@@ -85,7 +86,7 @@ class TargetSession:
         Args:
             target: the target.
             rows: B.
-            slots: what a static cache must hold: the longest text and one tree.
+            slots: what a cache may come to hold: the longest text and one tree.
             room: nodes of the largest tree, the root included.
             model_kwargs: as ``generate()`` hands them to a decoding method.
             feature_layers: hidden states that make a feature, side by side; the last alone by default.
@@ -107,6 +108,7 @@ class TargetSession:
         self.cache = fitting_cache(self.cache, rows, slots)
         self._static = any(isinstance(layer, StaticLayer) for layer in self.cache.layers)
         self._room = room
+        self._cache_room = CacheRoom(self.cache, slots)
         self._forward: Any = target
         self._few_rows: Any = FewRowProducts(target)
         self._shared_heads: Any = SharedHeads(target)
@@ -206,7 +208,7 @@ class TargetSession:
         self._make_room(tree.size)
         deepest = torch.tensor(budgets, device=device)[:, None] - 1
         positions = self.slots.next_position + tree.depths.to(device).minimum(deepest.clamp_min(0))
-        with self._few_rows, self._shared_heads:
+        with self._few_rows, self._shared_heads, self._cache_room:
             outputs = self._forward(
                 input_ids=tree.tokens.to(device),
                 **self._places(tree.ancestors.to(device), positions),

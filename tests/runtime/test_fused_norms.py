@@ -1,0 +1,116 @@
+"""Fused norms: the same numbers where they are the same norm, and not used where they are not."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+from falcon_hf.runtime import fused_norms
+from falcon_hf.runtime.few_rows import FewRowProducts
+from falcon_hf.runtime.fused_norms import fused_norm
+
+from .helpers import prompt_ids
+
+
+def norm(kind: type[nn.Module] = LlamaRMSNorm, size: int = 24, epsilon: float = 1e-5) -> nn.Module:
+    module = kind(size, eps=epsilon)
+    nn.init.uniform_(module.weight, 0.2, 2, generator=torch.Generator().manual_seed(3))
+    return module
+
+
+def drawn(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, Qwen3RMSNorm])
+@pytest.mark.parametrize("shape", [(1, 4, 24), (2, 3, 5, 24), (24,)])
+def test_the_same_numbers(kind, shape):
+    module = norm(kind)
+    forward = fused_norm(module)
+    for scale in (1e-4, 1, 1e3):  # the least is where epsilon counts
+        x = scale * drawn(*shape)
+        exact = module.double()(x.double())
+        module.float()
+        assert torch.allclose(forward(x).double(), exact, rtol=1e-6, atol=1e-7 * scale)
+        other = norm(kind, epsilon=1e-2)
+        assert scale > 1e-4 or not torch.allclose(fused_norm(other)(x).double(), exact, rtol=1e-2)  # the control
+
+
+class OtherRMSNorm(LlamaRMSNorm):
+    """Looks the same, and is another."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states.clamp(max=4))
+
+
+class GatedRMSNorm(LlamaRMSNorm):
+    """May be given another tensor."""
+
+    def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        return super().forward(hidden_states if gate is None else hidden_states * gate)
+
+
+class ScaledRMSNorm(LlamaRMSNorm):
+    """Has an attribute more."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__(size, eps)
+        self.scale = 1.0
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.scale * super().forward(hidden_states)
+
+
+def test_other_norms_and_other_dtypes_stay_their_own():
+    assert fused_norm(norm()) is not None
+    for other in (
+        norm(GemmaRMSNorm),
+        norm(OtherRMSNorm),
+        norm(GatedRMSNorm),
+        norm(ScaledRMSNorm),
+        nn.RMSNorm(24, eps=1e-5),
+        nn.LayerNorm(24),
+        nn.Linear(24, 24),
+        norm().bfloat16(),
+        norm().to("meta"),
+    ):
+        assert fused_norm(other) is None, type(other)
+
+
+def test_half_precision_in_a_float32_norm_is_rounded_as_the_family_does():
+    module = norm()
+    x = drawn(4, 24).bfloat16()
+    assert torch.equal(fused_norm(module)(x), module(x))
+
+
+def test_a_norm_with_a_forward_of_its_own_keeps_it():
+    model = nn.Sequential(norm())
+    model[0].forward = functools.partial(torch.mul, 2)
+    with FewRowProducts(model):
+        assert torch.equal(model(drawn(4, 24)), 2 * drawn(4, 24))
+
+
+def test_trees_are_verified_with_them_and_plain_decoding_is_not(tiny_target, tiny_drafter, monkeypatch):
+    rows: list[int] = []
+    own = fused_norms._forward
+
+    def noting(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        rows.extend(x.shape[1:2] if x.dim() == 3 else [])  # tried with two dimensions
+        return own(module, x)
+
+    monkeypatch.setattr(fused_norms, "_forward", noting)
+    target = copy.deepcopy(tiny_target(24))
+    plain = target.generate(prompt_ids(24, 6), max_new_tokens=12, do_sample=False)
+    assert rows == []
+    drafter = tiny_drafter(target, 2, "linear")
+    out = target.generate(prompt_ids(24, 6), max_new_tokens=12, do_sample=False, assistant_model=drafter)
+    assert torch.equal(out, plain)
+    assert len(rows) >= 2 * drafter.last_generation.rounds * target.config.num_hidden_layers
+    assert all("forward" not in vars(module) for module in target.modules())
