@@ -12,7 +12,16 @@ import falcon_hf
 
 ROOT = Path(falcon_hf.__file__).parent
 # Single files that every room may use.
-SHARED = {"measured_calls", "metrics", "drafter_loading", "demo_target", "tree_files", "version", "processor_name"}
+SHARED = {
+    "measured_calls",
+    "metrics",
+    "drafter_loading",
+    "demo_target",
+    "tree_files",
+    "version",
+    "processor_name",
+    "compiled",
+}
 MAY_IMPORT = {
     "runtime": set[str](),
     "measured_calls": set[str](),
@@ -23,8 +32,9 @@ MAY_IMPORT = {
     "drafter_checks": {"runtime"},
     "drafter_loading": {"runtime", "drafter_checks"},
     "tree_files": {"runtime"},
+    "compiled": {"runtime"},
     **{key: {"runtime", *SHARED} for key in ("training", "tuning", "hub", "bench")},
-    "__init__": {"runtime", "hub", "demo_target", "version"},
+    "__init__": {"runtime", "hub", "demo_target", "version", "compiled"},
 }
 # ``cli`` may import all, and nobody imports it.
 MAY_IMPORT["cli"] = set(MAY_IMPORT) - {"__init__"}

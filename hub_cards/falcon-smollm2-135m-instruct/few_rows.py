@@ -30,9 +30,9 @@ from torch.nn import functional as F
 from .fused_norms import fused_norm
 from .half_precision import multiplies_fast
 
-_MOST_ROWS = 32
+MOST_ROWS = 32
 _LEAST_WIDENED_ROWS = 5  # widening a weight costs as much as multiplying four rows with it
-_PADDED_ROWS = {3: 4} | dict.fromkeys(range(9, 16), 16)  # these have slower kernels than the next number
+PADDED_ROWS = {3: 4} | dict.fromkeys(range(9, 16), 16)  # these have slower kernels than the next number
 _SLICE_BYTES = 1 << 22  # of a widened weight: stays in a CPU's cache between being written and being read
 
 
@@ -97,7 +97,7 @@ def few_row_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
         ``[..., O]``.
     """
     rows = x.numel() // x.shape[-1]
-    if not 1 < rows <= _MOST_ROWS or weight.device.type != "cpu" or x.dtype != weight.dtype:
+    if not 1 < rows <= MOST_ROWS or weight.device.type != "cpu" or x.dtype != weight.dtype:
         return F.linear(x, weight, bias)
     if torch.is_autocast_enabled("cpu"):  # which chooses the dtype of each product
         return F.linear(x, weight, bias)
@@ -114,8 +114,8 @@ def few_row_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
 def _turned(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """``(W x^T)^T`` for ``[R, I]`` rows."""
     rows = x.shape[0]
-    if rows in _PADDED_ROWS:
-        padded = F.pad(x, (0, 0, 0, _PADDED_ROWS[rows] - rows))
+    if rows in PADDED_ROWS:
+        padded = F.pad(x, (0, 0, 0, PADDED_ROWS[rows] - rows))
         return torch.mm(weight, padded.t())[:, :rows].t().contiguous()
     return torch.mm(weight, x.t()).t().contiguous()
 

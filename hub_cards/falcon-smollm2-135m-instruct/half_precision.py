@@ -32,6 +32,15 @@ def multiplies_fast(device: torch.device, dtype: torch.dtype) -> bool:
     return bool(getattr(torch.ops.mkldnn, asked)())
 
 
+def drafting_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """What a drafter for a target of ``dtype`` should be loaded in: the same, but float32 without kernels for it.
+
+    A drafter's text is nobody's, so its rounding is free: on an AVX2 CPU the shipped one drafts a tree of four nodes in
+    8 ms in float32 and in 26 ms in bfloat16, for a target in bfloat16 either way.
+    """
+    return dtype if multiplies_fast(device, dtype) else torch.float32
+
+
 def warn_if_slow(target: PreTrainedModel) -> None:
     """Log once a dtype if the target's has no fast products where it is."""
     if not multiplies_fast(target.device, target.dtype):

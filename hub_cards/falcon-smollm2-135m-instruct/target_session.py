@@ -21,6 +21,7 @@ from transformers.cache_utils import CacheLayerMixin, StaticLayer
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .cache_room import CacheRoom
+from .few_row_graphs import FewRowGraphs
 from .few_rows import FewRowProducts
 from .returned_attentions import PlainRows
 from .shared_heads import SharedHeads
@@ -105,7 +106,7 @@ class TargetSession:
                 "Falcon needs a key-value cache; do not pass use_cache=False together with assistant_model."
             )
         self._plain_rows = PlainRows(self.cache, self.config.num_hidden_layers)
-        self.cache = fitting_cache(self.cache, rows, slots)
+        self.cache = fitting_cache(self.cache, rows, slots, room)
         self._static = any(isinstance(layer, StaticLayer) for layer in self.cache.layers)
         self._room = room
         self._cache_room = CacheRoom(self.cache, slots)
@@ -166,13 +167,16 @@ class TargetSession:
         return outputs
 
     def _compile(self, generation_config: Any) -> None:
-        """Verify by a compiled forward where plain decoding would compile: static caches on a GPU, as a rule."""
+        """Verify by a compiled forward where plain decoding would compile: static caches, on a GPU or when asked to."""
         # Installed on first use otherwise, under a lock, which breaks the graph. Once only, or states are kept twice.
         if not any(getattr(module, "_output_capturing_hooks_installed", False) for module in self.target.modules()):
             maybe_install_capturing_hooks(self.target)
         if self.target._valid_auto_compile_criteria(self.model_kwargs, generation_config):
             self._forward = self.target.get_compiled_call(generation_config.compile_config)
-            self._few_rows = self._shared_heads = contextlib.nullcontext()  # the graph has been made with torch's own
+            # A graph is made once: of torch's own products and attention, but for products with few rows.
+            turned = self.target.device.type == "cpu" and torch.backends.mkl.is_available()
+            self._few_rows = FewRowGraphs() if turned else contextlib.nullcontext()
+            self._shared_heads = contextlib.nullcontext()
 
     def _wanted_states(self, generation_config: Any) -> bool | list[int]:
         """What to ask for as ``output_hidden_states``: all if the user wants them back, else little but the last.

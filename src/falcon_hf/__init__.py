@@ -6,6 +6,7 @@ Unrelated to transformers' own model family "falcon" (TII's).
 
 from transformers import AutoConfig, AutoModel
 
+from .compiled import compiled
 from .demo_target import load_demo_target
 from .hub.find import find_drafter
 from .runtime.candidate_generator import FalconCandidateGenerator
@@ -35,6 +36,7 @@ __all__ = [
     "TargetMismatchWarning",
     "TreeShape",
     "__version__",
+    "compiled",
     "find_drafter",
     "install",
     "load_demo_target",

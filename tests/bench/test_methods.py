@@ -14,14 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from falcon_hf import FalconDrafterConfig, TreeShape
+from falcon_hf import FalconDrafterConfig, TreeShape, compiled
 from falcon_hf.bench import methods
 from falcon_hf.bench.errors import BenchError
 from falcon_hf.bench.memory import reset_peak
 from falcon_hf.bench.methods import METHODS, MethodContext, build_method, parse_methods
 from falcon_hf.bench.methods.base import until_end
+from falcon_hf.bench.methods.compiling import CompileError
 from falcon_hf.bench.methods.falcon import FIELDS
-from falcon_hf.bench.methods.plain_compiled import CompileError
 
 OPTIONS = {"do_sample": False, "max_new_tokens": 20}
 
@@ -38,7 +38,7 @@ def drafter_copy(drafter_path: Path, tmp_path: Path) -> Path:
 
 
 def test_every_file_of_the_folder_is_a_method() -> None:
-    files = {path.stem for path in Path(methods.__file__).parent.glob("*.py")} - {"__init__", "base"}
+    files = {path.stem for path in Path(methods.__file__).parent.glob("*.py")} - {"__init__", "base", "compiling"}
     assert files == set(METHODS)
     assert files >= {"plain", "falcon", "prompt_lookup"}
 
@@ -56,7 +56,10 @@ def test_labels_are_parsed() -> None:
     ("specs", "fault"),
     [
         ("", "at least one method"),
-        ("plain,eagle", "Unknown method 'eagle'; known: assistant, falcon, plain, plain_compiled, prompt_lookup"),
+        (
+            "plain,eagle",
+            "Unknown method 'eagle'; known: assistant, falcon, falcon_compiled, plain, plain_compiled, prompt_lookup",
+        ),
         ("plain,plain", "plain is given twice"),
         ("plain:tokens=3", "plain has no setting 'tokens=3'; it has: none"),
         ("falcon:tree", "falcon has no setting 'tree'; it has: drafter=..., tree=..., lookup=..., verifier="),
@@ -359,9 +362,20 @@ def test_assistant_of_another_vocabulary(tiny_target: Callable[..., Any], assist
         build_method(f"assistant:model={assistant_folder}", MethodContext(tiny_target()))
 
 
-def test_plain_compiled_refuses_an_unknown_mode(chat_target: Any) -> None:
+@pytest.mark.parametrize("name", ["plain_compiled", "falcon_compiled"])
+def test_compiled_methods_refuse_an_unknown_mode(chat_target: Any, drafter_path: Path, name: str) -> None:
     with pytest.raises(BenchError, match="mode must be one of default, "):
-        build_method("plain_compiled:mode=fast", MethodContext(chat_target))
+        build_method(f"{name}:mode=fast", MethodContext(chat_target, str(drafter_path)))
+
+
+def test_falcon_compiled_is_falcon_with_the_keywords_of_compiled(chat_target: Any, drafter_path: Path) -> None:
+    method = build_method("falcon_compiled:tree=chain2", MethodContext(chat_target, str(drafter_path)))
+    assert method.room == 3
+    method.prepare(40)
+    arguments = method.arguments()
+    assert arguments.pop("assistant_model").config.tree == [[0], [0, 0]]
+    assert arguments == compiled(40)
+    assert (method.provenance()["method"], method.provenance()["mode"]) == ("falcon_compiled", "default")
 
 
 def test_plain_compiled_says_when_nothing_was_compiled(chat_target: Any, ids: torch.Tensor) -> None:
@@ -372,14 +386,15 @@ def test_plain_compiled_says_when_nothing_was_compiled(chat_target: Any, ids: to
 
 
 @pytest.mark.slow
-def test_plain_compiled_is_plain_with_one_graph(chat_target: Any) -> None:
+@pytest.mark.parametrize("name", ["plain_compiled", "falcon_compiled"])
+def test_compiled_methods_write_plains_text_with_one_graph(chat_target: Any, drafter_path: Path, name: str) -> None:
     target = copy.deepcopy(chat_target)
-    method = build_method("plain_compiled", MethodContext(target))
-    method.prepare(60)
+    method = build_method(name, MethodContext(target, str(drafter_path)))
+    method.prepare(60 + method.room)
     plain = build_method("plain", MethodContext(chat_target))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     for prompt in prompts(12, 5, 30):
         assert method.generate(prompt, OPTIONS).tokens == plain.generate(prompt, OPTIONS).tokens
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    assert (method.generate(prompts(12)[0], OPTIONS).statistics[0]["rounds"]) == 19
+    assert (method.generate(prompts(12)[0], OPTIONS).statistics[0]["rounds"] == 19) == (name == "plain_compiled")

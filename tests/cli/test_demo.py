@@ -17,7 +17,8 @@ from typer.testing import Result
 
 from falcon_hf import __version__
 from falcon_hf.cli.answer import Answer
-from falcon_hf.cli.demo import DEFAULT_PROMPT, _compare, _sentence
+from falcon_hf.cli.answer_pair import AnswerPair, compare
+from falcon_hf.cli.demo import DEFAULT_PROMPTS, _shortened
 from falcon_hf.cli.loading import DEMO_DRAFTER, find_demo_drafter
 
 from .conftest import Run, assert_refused
@@ -43,24 +44,44 @@ def demo(repos: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> Demo:
     return start
 
 
+def rows_of(shown: str, prompts: list[str]) -> list[list[str]]:
+    """The table's figures for each prompt."""
+    lines = [next(line for line in shown.splitlines() if line.startswith(_shortened(one) + "  ")) for one in prompts]
+    return [line[len(_shortened(one)) :].split() for line, one in zip(lines, prompts, strict=True)]
+
+
 def test_shows_both_texts_and_the_figures(demo: Demo) -> None:
     result = demo("--prompt", PROMPT, "--threads", 2)
     assert result.exit_code == 0, result.output
-    found = json.loads(demo("--prompt", PROMPT, "--json").stdout)
+    (found,) = json.loads(demo("--prompt", PROMPT, "--json").stdout)["answers"]
     shown = " ".join(result.stdout.split())
     assert shown.startswith(PROMPT)
     assert shown.count(" ".join(found["falcon"]["text"].split())) == 2
-    headings = ("tokens/s", "speedup", "tau", "with bonus", "alpha")
-    assert all(heading in result.stdout for heading in headings)
-    assert re.search(r"^plain +[\d.]+ +1\.00 ", result.stdout, re.MULTILINE)
-    figures = re.search(r"^Falcon +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+)$", result.stdout, re.MULTILINE)
-    assert figures is not None
+    assert all(heading in result.stdout for heading in ("tokens/s", "speedup", "tau", "bonus", "alpha"))
+    (figures,) = rows_of(result.stdout, [PROMPT])
     statistics = found["falcon"]["statistics"]  # counts, unlike times, are the same in every run
-    assert [float(figure) for figure in figures.groups()[2:]] == [
+    assert [float(figure) for figure in figures[3:]] == [
         round(statistics[name], 2) for name in ("tau", "tau_with_bonus", "alpha")
     ]
+    plain, falcon, speedup = (float(figure.removesuffix("x")) for figure in figures[:3])
+    assert falcon / plain == pytest.approx(speedup, rel=0.02)
+    assert "together" not in result.stdout
     assert re.search(r"\d+ rounds of \d+ ms: draft \d+, verify \d+, other [\d.]+\. float32, 2 CPU threads\.", shown)
     assert shown.endswith("The two texts are identical, all 24 tokens.")
+
+
+def test_several_prompts_have_a_row_each_and_one_together(demo: Demo) -> None:
+    prompts = [PROMPT, "And a second prompt, which is too long to be shown whole."]
+    asked = [argument for prompt in prompts for argument in ("--prompt", prompt)]
+    result = demo(*asked)
+    assert result.exit_code == 0, result.output
+    found = json.loads(demo(*asked, "--json").stdout)
+    taus = [float(figures[3]) for figures in rows_of(result.stdout, prompts)]
+    assert taus == [round(answer["falcon"]["statistics"]["tau"], 2) for answer in found["answers"]]
+    assert re.search(r"^together +[\d.]+x *$", result.stdout, re.MULTILINE)
+    assert " ".join(result.stdout.split()).endswith("Both texts of every prompt are identical, all 48 tokens.")
+    seconds = {name: sum(answer[name]["seconds"] for answer in found["answers"]) for name in ("plain", "falcon")}
+    assert found["speedup"] == pytest.approx(seconds["plain"] / seconds["falcon"])  # as many tokens
 
 
 def test_both_texts_are_streamed_alike(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +98,7 @@ def test_both_texts_are_streamed_alike(demo: Demo, monkeypatch: pytest.MonkeyPat
             pieces[-1].append("end")
 
     monkeypatch.setattr("falcon_hf.cli.demo.WordWrapper", Recorder)
-    assert demo().exit_code == 0
+    assert demo("--prompt", PROMPT).exit_code == 0
     plain, falcon = pieces
     assert plain == falcon
     assert len(plain) > 2
@@ -86,56 +107,59 @@ def test_both_texts_are_streamed_alike(demo: Demo, monkeypatch: pytest.MonkeyPat
 def test_json_is_one_object_and_nothing_else(demo: Demo, repos: Path) -> None:
     result = demo("--json", "--threads", 1)
     found = json.loads(result.stdout)  # fails on anything before or after
-    assert found["prompt"] == DEFAULT_PROMPT
     assert (found["dtype"], found["threads"], found["drafter"]) == ("float32", 1, str(repos / "drafter"))
-    assert found["identical"] is True
-    assert found["first_difference"] is None
-    assert found["plain"]["text"] == found["falcon"]["text"]
-    assert found["plain"]["new_tokens"] == found["falcon"]["new_tokens"] == 24
-    assert found["speedup"] == found["falcon"]["tokens_per_second"] / found["plain"]["tokens_per_second"]
-    assert found["falcon"]["statistics"]["rounds"] > 0
+    assert [answer["prompt"] for answer in found["answers"]] == list(DEFAULT_PROMPTS)
+    for answer in found["answers"]:
+        assert answer["identical"] is True
+        assert answer["first_difference"] is None
+        assert answer["plain"]["text"] == answer["falcon"]["text"]
+        assert answer["plain"]["new_tokens"] == answer["falcon"]["new_tokens"] == 24
+        assert answer["speedup"] == answer["falcon"]["tokens_per_second"] / answer["plain"]["tokens_per_second"]
+        assert answer["falcon"]["statistics"]["rounds"] > 0
 
 
 @pytest.fixture
-def parted(repos: Path) -> Callable[[str], dict[str, Any]]:
-    """``parted(dtype)``: the verdict on two texts that differ in their third token."""
+def parted(repos: Path) -> Callable[[str], AnswerPair]:
+    """``parted(dtype)``: two texts that differ in their third token."""
 
-    def verdict(dtype: str) -> dict[str, Any]:
+    def pair(dtype: str) -> AnswerPair:
         target = AutoModelForCausalLM.from_pretrained(repos / "target", dtype=getattr(torch, dtype))
         tokenizer = AutoTokenizer.from_pretrained(repos / "target")
         plain, falcon = (Answer(tokenizer(text).input_ids, text, 4, 1.0, None) for text in ("abcd", "abxd"))
-        return _compare(plain, falcon, target, tokenizer, tokenizer("Name", return_tensors="pt"))
+        difference = compare(plain, falcon, target, tokenizer, tokenizer("Name", return_tensors="pt"))
+        return AnswerPair("Name", plain, falcon, difference)
 
-    return verdict
+    return pair
 
 
-def test_a_difference_names_its_place_and_tokens(parted: Callable[[str], dict[str, Any]]) -> None:
-    verdict = parted("bfloat16")
-    assert verdict["identical"] is False
-    difference = verdict["first_difference"]
+def test_a_difference_names_its_place_and_tokens(parted: Callable[[str], AnswerPair]) -> None:
+    pair = parted("bfloat16")
+    difference = pair.difference
+    assert difference is not None
     assert (difference["token"], difference["plain"], difference["falcon"]) == (3, "c", "x")
     # Two letters of a random model are no tie.
     assert difference["rounding_units"] > 8
-    assert "please report" in _sentence(24, verdict, "bfloat16, 2 CPU threads")
+    assert "please report" in pair.sentence(half_precision=True)
 
 
-def test_only_a_tie_in_half_precision_is_explained_by_rounding(parted: Callable[[str], dict[str, Any]]) -> None:
-    verdict = parted("bfloat16")
-    verdict["first_difference"] |= {"logit_gap": -0.125, "rounding_units": 1.0}
-    sentence = _sentence(24, verdict, "bfloat16, 2 CPU threads")
+def test_only_a_tie_in_half_precision_is_explained_by_rounding(parted: Callable[[str], AnswerPair]) -> None:
+    pair = parted("bfloat16")
+    assert pair.difference is not None
+    pair.difference |= {"logit_gap": -0.125, "rounding_units": 1.0}
+    sentence = pair.sentence(half_precision=True)
     assert "token 3: 'c' without the drafter, 'x' with it" in sentence
     assert "0.12 apart" in sentence
     assert "rounding" in sentence
     assert "please report" not in sentence
-    assert "please report" in _sentence(24, verdict, "float32, 2 CPU threads")
+    assert "please report" in pair.sentence(half_precision=False)
 
 
 def test_a_text_that_ends_first_is_a_difference(repos: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(repos / "target")
     plain, falcon = (Answer(tokenizer(text).input_ids, text, 4, 1.0, None) for text in ("abc", "ab"))
-    verdict = _compare(plain, falcon, None, tokenizer, {})
-    assert verdict["first_difference"] == {"token": 3, "plain": "c", "falcon": "the end"}
-    assert "please report" in _sentence(3, verdict, "bfloat16, 2 CPU threads")
+    pair = AnswerPair("Name", plain, falcon, compare(plain, falcon, None, tokenizer, {}))
+    assert pair.difference == {"token": 3, "plain": "c", "falcon": "the end"}
+    assert "please report" in pair.sentence(half_precision=True)
 
 
 def test_the_drafter_is_found_in_the_current_folder(
@@ -157,7 +181,7 @@ def test_no_drafter_anywhere_names_the_places(demo: Demo, tmp_path: Path, monkey
 
 @pytest.mark.usefixtures("no_hub")
 def test_bad_input_is_one_line_before_anything_is_loaded(demo: Demo) -> None:
-    assert_refused(demo("--prompt", "  "), "prompt is empty")
+    assert_refused(demo("--prompt", PROMPT, "--prompt", "  "), "prompt is empty")
     assert_refused(demo("--dtype", "int8"), "--dtype")
     assert_refused(demo(drafter="nothing-here"), "no drafter", "nothing-here")
 
@@ -170,10 +194,11 @@ def test_the_real_pair_in_a_process_of_its_own(smollm2: Any, trained_drafter: An
     )
     found = json.loads(done.stdout)
     assert found["drafter"] == find_demo_drafter()
-    assert found["identical"] is True
-    assert found["falcon"]["new_tokens"] == 40
-    assert "blue" in found["falcon"]["text"]
-    assert found["falcon"]["statistics"]["tau"] > 0.2  # random weights: 0.0
+    assert "blue" in found["answers"][0]["falcon"]["text"]
+    for answer in found["answers"]:
+        assert answer["identical"] is True
+        assert answer["falcon"]["new_tokens"] == 40
+        assert answer["falcon"]["statistics"]["tau"] > 0.2  # random weights: 0.0
     assert "Traceback" not in done.stderr
 
 

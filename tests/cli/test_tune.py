@@ -61,6 +61,13 @@ def test_tune_check_and_apply(run: Run, repos: Path, home: Path) -> None:
     check = json.loads((home / "check.json").read_text())
     assert len(check["settings"]) == 3
     assert {"sums", "tales"} == set(check["settings"][0]["by_task"])
+    reported = run("report", home / "check.json")
+    assert reported.exit_code == 0, reported.output
+    assert reported.stdout.startswith("Predicted against measured")
+    assert result.stdout.endswith(reported.stdout)
+    assert json.loads(run("report", home / "check.json", "--json").stdout)["check"]["settings"] == check["settings"]
+    assert_refused(run("report", home / "check.json", home / "check.json"), "alone")
+    assert_refused(run("report", home / "check.json", "--brief"), "--brief", "tune --check")
     tree = FalconDrafter.from_pretrained(home / "drafter").config.tree
     assert TreeShape.from_paths(tree).size <= 8 or TreeShape.from_paths(tree) == TreeShape.paper(2).truncate(4)
     assert (home / "tree.svg").is_file()
@@ -108,6 +115,7 @@ def test_a_check_that_was_stopped_goes_on(
     assert "goes on" in result.stderr
     begun = json.loads((tmp_path / "check.json").read_text())
     assert (begun["complete"], len(begun["turns"])) == (False, 2)
+    assert_refused(run("report", tmp_path / "check.json"), "cut off")
     result = run(*given, "--json")
     assert result.exit_code == 0, result.output
     check = json.loads((tmp_path / "check.json").read_text())

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from falcon_hf.runtime import half_precision
-from falcon_hf.runtime.half_precision import multiplies_fast
+from falcon_hf.runtime.half_precision import drafting_dtype, multiplies_fast
 
 CPU = torch.device("cpu")
 PROMPT = torch.tensor([[3, 1, 4, 1, 5]])
@@ -51,6 +51,23 @@ def test_a_gpu_that_emulates_bfloat16_does_not_count(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     assert not multiplies_fast(torch.device("cuda"), torch.bfloat16)
     assert multiplies_fast(torch.device("cuda"), torch.float16)
+
+
+def test_a_drafter_is_loaded_in_what_is_fast(kernels):
+    kernels(True)
+    assert drafting_dtype(CPU, torch.bfloat16) == torch.bfloat16
+    kernels(False)
+    assert drafting_dtype(CPU, torch.bfloat16) == torch.float32
+    assert drafting_dtype(CPU, torch.float32) == torch.float32
+
+
+def test_a_float32_drafter_drafts_for_a_half_precision_target(tiny_target, tiny_drafter):
+    target = copy.deepcopy(tiny_target(24)).to(torch.bfloat16)
+    drafter = tiny_drafter(target, 2, "linear").float()
+    out = target.generate(PROMPT, assistant_model=drafter, max_new_tokens=12, do_sample=False)
+    assert out.shape[1] == 17
+    assert drafter.last_generation.rounds > 0
+    assert drafter.dtype == torch.float32
 
 
 def test_a_slow_target_is_told_once(kernels, caplog, tiny_target, tiny_drafter):

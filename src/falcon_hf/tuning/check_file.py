@@ -67,6 +67,14 @@ class CheckFile:
         return value
 
 
+def is_check(path: Path) -> bool:
+    """Whether a file is a check's, complete or not; no other file is an error."""
+    try:
+        return bool(read_json(path).get("format") == FORMAT)
+    except TuningError:
+        return False
+
+
 def read_check(path: Path) -> dict[str, Any]:
     """The content of a complete check's file.
 

@@ -13,7 +13,7 @@ from .base import Method, MethodContext, MethodResult
 _FOUND: list[type[Method]] = [
     importlib.import_module(f"{__name__}.{module.name}").METHOD
     for module in pkgutil.iter_modules(__path__)
-    if module.name != "base"
+    if module.name not in ("base", "compiling")  # what methods share
 ]
 METHODS: dict[str, type[Method]] = {method.name: method for method in _FOUND}
 """Methods by name."""

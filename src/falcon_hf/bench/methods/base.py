@@ -77,6 +77,7 @@ class Method(ABC):
         may_fail: whether failing on a machine is a finding, kept with the result while the other methods go on.
         prefill_drafts: whether the forward over the prompt verifies drafts already, as transformers' assistants' does.
         draws_as_plain: whether a sampled text must be plain's with the same seed; if not, the two are not compared.
+        room: slots of a static cache that the method needs beside the text.
     """
 
     name: ClassVar[str]
@@ -85,6 +86,7 @@ class Method(ABC):
     may_fail: ClassVar[bool] = False
     prefill_drafts: ClassVar[bool] = False
     draws_as_plain: bool = True
+    room: int = 0
 
     def __init__(self, label: str, context: MethodContext, settings: dict[str, str]) -> None:
         """``settings`` has keys of the class's own only; values are as typed.
@@ -109,7 +111,7 @@ class Method(ABC):
         return {"method": self.name}
 
     def prepare(self, longest: int) -> None:  # noqa: B027 - most methods have nothing to prepare
-        """Called once before the run: no text, prompt included, will be longer than ``longest`` tokens."""
+        """Called once before the run: no text with its prompt and any method's ``room`` exceeds ``longest`` tokens."""
 
     def row_statistics(self, new_tokens: int, forwards: int, rows: int, row: int) -> dict[str, float]:
         """Counts of one row of the call that just ended, from the target's forwards.

@@ -10,6 +10,7 @@ from typing import Any
 from ...drafter_loading import DrafterError, drafter_folder, load_drafter
 from ...runtime.candidate_generator import drafter_tree
 from ...runtime.configuration_falcon_drafter import FalconDrafterConfig
+from ...runtime.half_precision import drafting_dtype
 from ...runtime.statistics import GenerationStatistics
 from ..draft_trees import describe_tree, named_tree
 from ..errors import BenchError, first_line
@@ -43,7 +44,8 @@ class Falcon(Method):
         self.source = source
         try:
             folder = drafter_folder(source)
-            self.drafter = load_drafter(folder, self.target.dtype).to(self.target.device)
+            dtype = drafting_dtype(self.target.device, self.target.dtype)
+            self.drafter = load_drafter(folder, dtype).to(self.target.device)
         except DrafterError as error:
             raise BenchError(first_line(error)) from error
         self.weights_sha256 = weights_sha256(folder)
@@ -57,6 +59,7 @@ class Falcon(Method):
             self.tree = drafter_tree(self.drafter)
         except ValueError as error:
             raise BenchError(f"{label}: {first_line(error)}") from error
+        self.room = self.tree.size
 
     def _configure(self, fields: dict[str, Any]) -> None:
         """Set fields of the drafter's config, checked as a config of its own.
@@ -86,6 +89,7 @@ class Falcon(Method):
             **super().provenance(),
             "drafter": _shown(self.source),
             "weights_sha256": self.weights_sha256,
+            "drafter_dtype": str(self.drafter.dtype).removeprefix("torch."),
             "block_size": config.block_size,
             "fusion": config.fusion,
             "draft_vocab_size": config.draft_vocab_size,

@@ -1,0 +1,66 @@
+"""What methods share whose forwards are compiled: one graph for the whole run, and a reason where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ...compiled import compiled
+from ..errors import BenchError
+from .base import Forwards, Method, MethodContext, MethodResult
+
+DEFAULT_MODE = "default"
+MODE_SETTING = f"torch.compile's, {DEFAULT_MODE} by default"
+
+
+class CompileError(RuntimeError):
+    """The target does not compile here; the message says why."""
+
+
+class CompilingMethod(Method):
+    """``generate(**compiled(longest))``: compiling happens in the warm-up, for the run's longest text."""
+
+    may_fail = True
+
+    def __init__(self, label: str, context: MethodContext, settings: dict[str, str]) -> None:
+        self.mode = settings.pop("mode", DEFAULT_MODE)
+        super().__init__(label, context, settings)
+        if self.mode not in torch._inductor.list_mode_options() and self.mode != DEFAULT_MODE:
+            known = ", ".join([DEFAULT_MODE, *torch._inductor.list_mode_options()])
+            raise BenchError(f"{label}: mode must be one of {known}, got {self.mode!r}.")
+        self._longest: int | None = None
+
+    def prepare(self, longest: int) -> None:
+        """Size the cache. Compiled methods share one size, or each would make graphs anew for the others'."""
+        self._longest = longest
+
+    def arguments(self) -> dict[str, Any]:
+        """Those of the method, and a static cache and compilation on any device."""
+        arguments = super().arguments()  # type: ignore[safe-super]  # the other base class has one
+        return {**arguments, **compiled(self._longest, mode=self.mode)}
+
+    def generate(self, ids: Any, options: dict[str, Any]) -> MethodResult:
+        """See [`Method.generate`].
+
+        Raises:
+            CompileError: if the compiler fails, or transformers decided not to compile.
+        """
+        try:
+            result = super().generate(ids, options)
+        except torch._dynamo.exc.TorchDynamoException as error:  # the backend's failures are among them
+            raise CompileError(str(error)) from error
+        if len(result.rows[0]) > 1 and not hasattr(self.target, "_compiled_call"):
+            raise CompileError("transformers does not compile this target (its cache or quantisation rules it out)")
+        return result
+
+    @contextmanager
+    def counted(self) -> Iterator[Forwards]:
+        """Nothing is counted: a hook would be a graph break. Plain has one token a forward, Falcon its own count."""
+        yield Forwards()
+
+    def provenance(self) -> dict[str, Any]:
+        """The mode, beside the method's."""
+        return {**super().provenance(), "mode": self.mode}
