@@ -20,7 +20,7 @@ SHARED = {
     "tree_files",
     "version",
     "processor_name",
-    "compiled",
+    "compiled_decoding",
 }
 MAY_IMPORT = {
     "runtime": set[str](),
@@ -32,9 +32,9 @@ MAY_IMPORT = {
     "drafter_checks": {"runtime"},
     "drafter_loading": {"runtime", "drafter_checks"},
     "tree_files": {"runtime"},
-    "compiled": {"runtime"},
+    "compiled_decoding": {"runtime"},
     **{key: {"runtime", *SHARED} for key in ("training", "tuning", "hub", "bench")},
-    "__init__": {"runtime", "hub", "demo_target", "version", "compiled"},
+    "__init__": {"runtime", "hub", "demo_target", "version", "compiled_decoding"},
 }
 # ``cli`` may import all, and nobody imports it.
 MAY_IMPORT["cli"] = set(MAY_IMPORT) - {"__init__"}

@@ -49,7 +49,7 @@ class FewRowProducts:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._forwards: list[tuple[nn.Module, Any]] = []
-        if not has_other_forward(model):
+        if not is_compiled(model):
             self._forwards = [
                 (module, forward) for module in model.modules() if (forward := _cheaper_forward(module)) is not None
             ]
@@ -79,6 +79,12 @@ def _is_plain(module: nn.Module) -> bool:
 def has_other_forward(module: nn.Module) -> bool:
     """Whether the module's forward is not its class's: hooked, compiled, or replaced."""
     return "forward" in vars(module) or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether the model, or a module in it, is compiled or has been given another forward as a whole."""
+    compiled = any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules())
+    return compiled or has_other_forward(model)
 
 
 def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .few_rows import has_other_forward
+from .few_rows import is_compiled
 
 
 class SharedHeads:
@@ -37,7 +37,7 @@ class SharedHeads:
     """
 
     def __init__(self, target: PreTrainedModel) -> None:
-        self._wanted = target.device.type == "cpu" and not has_other_forward(target)
+        self._wanted = target.device.type == "cpu" and not is_compiled(target)
         # The last mask and its additive form, in one tuple: threads may read while another writes.
         self._mask: tuple[torch.Tensor, torch.Tensor] | None = None
 

@@ -7,7 +7,7 @@ from typing import Any
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticLayer
 
 
-def fitting_cache(cache: Any, rows: int, slots: int, room: int) -> Any:
+def fitting_cache(cache: Any, rows: int, slots: int) -> Any:
     """The cache itself if a tree fits in, else one of the same kind that fits, if it was ``generate()`` who made it.
 
     A static cache is made for the text alone; verification wants the tree's nodes beside it, in layers that keep
@@ -18,7 +18,6 @@ def fitting_cache(cache: Any, rows: int, slots: int, room: int) -> Any:
         cache: as ``generate()`` prepared it.
         rows: B.
         slots: what a static cache must hold: the longest text and one tree.
-        room: the tree's share of that.
 
     Raises:
         ValueError: if the cache is the user's, or holds something already, and does not fit.
@@ -32,9 +31,7 @@ def fitting_cache(cache: Any, rows: int, slots: int, room: int) -> Any:
                 "generate without assistant_model."
             )
         if replaceable:
-            # With room for the tree beside all of a max_cache_len: one size, and one graph, for texts of all lengths.
-            size = max([slots, *(layer.max_cache_len + room for layer in static if not layer.is_sliding)])
-            layers = [StaticLayer(max_cache_len=size) for _ in cache.layers]
+            layers = [StaticLayer(max_cache_len=slots) for _ in cache.layers]
             return Cache(layers=layers, offloading=getattr(cache, "offloading", False))
         raise ValueError(
             f"The static cache is too small for the text and a draft tree: make it "

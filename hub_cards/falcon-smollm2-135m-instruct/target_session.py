@@ -22,7 +22,7 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .cache_room import CacheRoom
 from .few_row_graphs import FewRowGraphs
-from .few_rows import FewRowProducts
+from .few_rows import FewRowProducts, is_compiled
 from .returned_attentions import PlainRows
 from .shared_heads import SharedHeads
 from .target import family
@@ -39,6 +39,8 @@ _OWN_KWARGS = frozenset(
 
 # Holes beyond this share of a batch's slots are closed; closing costs a copy of the generated part of the cache.
 _WASTE_SHARE = 0.25
+# So the slots of a batch are at most this many times its longest row's.
+_HOLES = 2
 
 
 def cache_key(target: PreTrainedModel) -> str:
@@ -87,7 +89,7 @@ class TargetSession:
         Args:
             target: the target.
             rows: B.
-            slots: what a cache may come to hold: the longest text and one tree.
+            slots: what a static cache must hold: the longest text and one tree.
             room: nodes of the largest tree, the root included.
             model_kwargs: as ``generate()`` hands them to a decoding method.
             feature_layers: hidden states that make a feature, side by side; the last alone by default.
@@ -106,10 +108,12 @@ class TargetSession:
                 "Falcon needs a key-value cache; do not pass use_cache=False together with assistant_model."
             )
         self._plain_rows = PlainRows(self.cache, self.config.num_hidden_layers)
-        self.cache = fitting_cache(self.cache, rows, slots, room)
+        self.cache = fitting_cache(self.cache, rows, slots)
         self._static = any(isinstance(layer, StaticLayer) for layer in self.cache.layers)
         self._room = room
-        self._cache_room = CacheRoom(self.cache, slots)
+        # Rows of a batch leave holes. What is compiled would trace the appending, and be made anew for it.
+        most = slots if rows == 1 else _HOLES * slots
+        self._cache_room: Any = contextlib.nullcontext() if is_compiled(target) else CacheRoom(self.cache, most)
         self._forward: Any = target
         self._few_rows: Any = FewRowProducts(target)
         self._shared_heads: Any = SharedHeads(target)
@@ -171,8 +175,11 @@ class TargetSession:
         # Installed on first use otherwise, under a lock, which breaks the graph. Once only, or states are kept twice.
         if not any(getattr(module, "_output_capturing_hooks_installed", False) for module in self.target.modules()):
             maybe_install_capturing_hooks(self.target)
+        compiled = is_compiled(self.target)
         if self.target._valid_auto_compile_criteria(self.model_kwargs, generation_config):
             self._forward = self.target.get_compiled_call(generation_config.compile_config)
+            compiled |= self._forward != self.target.__call__  # llama4 gives that
+        if compiled:
             # A graph is made once: of torch's own products and attention, but for products with few rows.
             turned = self.target.device.type == "cpu" and torch.backends.mkl.is_available()
             self._few_rows = FewRowGraphs() if turned else contextlib.nullcontext()

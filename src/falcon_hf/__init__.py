@@ -6,7 +6,7 @@ Unrelated to transformers' own model family "falcon" (TII's).
 
 from transformers import AutoConfig, AutoModel
 
-from .compiled import compiled
+from .compiled_decoding import compiled
 from .demo_target import load_demo_target
 from .hub.find import find_drafter
 from .runtime.candidate_generator import FalconCandidateGenerator

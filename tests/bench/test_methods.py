@@ -374,7 +374,7 @@ def test_falcon_compiled_is_falcon_with_the_keywords_of_compiled(chat_target: An
     method.prepare(40)
     arguments = method.arguments()
     assert arguments.pop("assistant_model").config.tree == [[0], [0, 0]]
-    assert arguments == compiled(40)
+    assert arguments == compiled(40, mode="default")
     assert (method.provenance()["method"], method.provenance()["mode"]) == ("falcon_compiled", "default")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -122,6 +123,12 @@ def test_only_plain_dynamic_layers_take_part(copies):
             cache.update(*states(5, 1), 0)
         assert "update" not in vars(layer)
     assert len(copies) == 2  # the last one's, once it had been initialised as usual
+    users = filled_cache(5).layers[0]
+    own = users.update = lambda *states: DynamicLayer.update(users, *states)
+    cache.layers = [users]
+    with CacheRoom(cache, 10_000):
+        pass
+    assert vars(users)["update"] is own
     offloaded = filled_cache(5)
     offloaded.offloading = True
     with CacheRoom(offloaded, 10_000):
@@ -133,6 +140,25 @@ def test_an_error_leaves_the_layers_their_own():
     with pytest.raises(RuntimeError), CacheRoom(cache, 100):
         raise RuntimeError
     assert not any("update" in vars(layer) for layer in cache.layers)
+
+
+def test_a_batch_copies_each_layer_once(tiny_target, tiny_drafter, copies):
+    """Its rows leave holes: more slots are used than its longest text has."""
+    target = tiny_target(VOCAB)
+    drafter = tiny_drafter(target, 2, tree=[[0], [1], [0, 0]])
+    ids = torch.cat([prompt_ids(VOCAB, 6, seed) for seed in range(5)])
+    target.generate(ids, max_new_tokens=60, do_sample=False, assistant_model=drafter, pad_token_id=0)
+    assert drafter.last_generation.rounds > 10
+    assert len(copies) <= 2 * 2 * target.config.num_hidden_layers
+
+
+def test_a_compiled_target_appends_as_it_did(tiny_target, tiny_drafter, copies):
+    target = copy.deepcopy(tiny_target(VOCAB))
+    target.forward = torch.compile(target.forward, backend="eager", dynamic=True)
+    drafter = tiny_drafter(target, 2)
+    target.generate(prompt_ids(VOCAB, 6), max_new_tokens=12, do_sample=False, assistant_model=drafter)
+    assert drafter.last_generation.rounds > 1
+    assert copies == []
 
 
 def test_generation_copies_each_layer_once_and_returns_a_cache_that_goes_on(tiny_target, tiny_drafter, copies):

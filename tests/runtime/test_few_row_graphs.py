@@ -16,10 +16,10 @@ from falcon_hf import compiled
 from falcon_hf.runtime import few_row_graphs
 from falcon_hf.runtime.few_row_graphs import FewRowGraphs, turn_products
 
+from .families import tiny_family
 from .helpers import assert_same_text, prompt_ids
+from .test_batch import VOCAB
 from .test_static_cache import CROPPABLE
-
-VOCAB = 24
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -91,14 +91,15 @@ def test_the_compilers_settings_are_as_they_were():
 @pytest.mark.slow
 @pytest.mark.skipif(not CROPPABLE, reason="this transformers refuses static caches: test_static_cache.py holds that")
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
-def test_a_compiled_verification_has_them(tiny_target, tiny_drafter, monkeypatch):
-    """The real compiler: one graph of many lengths, the texts plain's, sampled too."""
+@pytest.mark.parametrize("tree", [[[0], [1], [0, 0]], [[0], [0, 0]]], ids=["four rows", "three, padded"])
+def test_a_compiled_verification_has_them(tiny_drafter, monkeypatch, tree):
+    """The real compiler: one graph of many lengths, the texts plain's, sampled too. qwen2 has layers with a bias."""
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     found: list[int] = []
     own = few_row_graphs.turn_products
     monkeypatch.setattr(few_row_graphs, "turn_products", lambda graph: found.append(own(graph)))
-    target = copy.deepcopy(tiny_target(VOCAB))
-    drafter = tiny_drafter(target, 2, "linear", tree=[[0], [1], [0, 0]])
+    target = copy.deepcopy(tiny_family("qwen2"))
+    drafter = tiny_drafter(target, 2, "linear", tree=tree)
     torch._dynamo.reset()
     with config.patch(force_disable_caches=True):
         for seed, sampled in ((0, False), (1, True), (2, False)):

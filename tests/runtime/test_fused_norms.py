@@ -68,6 +68,26 @@ class ScaledRMSNorm(LlamaRMSNorm):
         return self.scale * super().forward(hidden_states)
 
 
+class ShapedRMSNorm(LlamaRMSNorm):
+    """Reads groups of eight."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states.view(-1, 3, 5, 8))
+
+
+class FactorRMSNorm(LlamaRMSNorm):
+    """Each instance has its own factor; the class's does nothing."""
+
+    factor = 1.0
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__(size, eps)
+        self.factor = 3.0
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.factor * super().forward(hidden_states)
+
+
 def test_other_norms_and_other_dtypes_stay_their_own():
     assert fused_norm(norm()) is not None
     for other in (
@@ -75,6 +95,8 @@ def test_other_norms_and_other_dtypes_stay_their_own():
         norm(OtherRMSNorm),
         norm(GatedRMSNorm),
         norm(ScaledRMSNorm),
+        norm(ShapedRMSNorm),
+        norm(FactorRMSNorm),
         nn.RMSNorm(24, eps=1e-5),
         nn.LayerNorm(24),
         nn.Linear(24, 24),
@@ -82,6 +104,18 @@ def test_other_norms_and_other_dtypes_stay_their_own():
         norm().to("meta"),
     ):
         assert fused_norm(other) is None, type(other)
+
+
+def test_another_default_dtype_does_not_hide_a_difference():
+    class UntriedRMSNorm(OtherRMSNorm):
+        pass
+
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert fused_norm(norm(UntriedRMSNorm).float()) is None
+        assert fused_norm(norm().float()) is not None
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_half_precision_in_a_float32_norm_is_rounded_as_the_family_does():

@@ -40,16 +40,18 @@ def test_cache_implementation_static(family, lengths, tiny_drafter):
     assert {layer.keys.shape[2] for layer in falcon.cache.layers} == {room}
 
 
-@pytest.mark.skipif(not CROPPABLE, reason="this transformers refuses static caches")
-def test_a_cache_length_of_the_users_gets_room_once_for_all_texts(tiny_drafter):
-    target = tiny_family("llama")
+@pytest.mark.skipif(not CROPPABLE, reason="this transformers refuses static caches: the tests above hold that")
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_length_for_all_texts_is_every_texts(family, tiny_drafter):
+    target = tiny_family(family)
     drafter = tiny_drafter(target, tree=TREE)
-    options = GREEDY | {"cache_implementation": "static", "max_cache_len": 40, "return_dict_in_generate": True}
+    longest = 14 + 24 + len(TREE) + 1
+    options = GREEDY | {"cache_implementation": "static", "max_cache_len": longest, "return_dict_in_generate": True}
     sizes = []
-    for length in (11, 14):
+    for length in (3, 14):
         falcon, _ = run(target, 0, batch((length,)), assistant_model=drafter, **options)
         sizes += [layer.max_cache_len for layer in falcon.cache.layers]
-    assert set(sizes) == {40 + len(TREE) + 1}
+    assert set(sizes) == {longest}
 
 
 class TestUsersCache:

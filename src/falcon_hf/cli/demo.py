@@ -122,7 +122,8 @@ def _show(pairs: list[AnswerPair], dtype: str, threads: int) -> None:
     different = [pair for pair in pairs if pair.difference is not None]
     if different or len(pairs) == 1:
         for pair in different or pairs:
-            stdout.print(pair.sentence(half_precision=dtype != "float32"))
+            asked = f"[dim]{escape(_shortened(pair.prompt))}[/] " if len(pairs) > 1 else ""
+            stdout.print(asked + pair.sentence(half_precision=dtype != "float32"))
     else:
         tokens = sum(len(pair.falcon.ids) for pair in pairs)
         stdout.print(f"[green]Both texts of every prompt are identical[/], all {tokens} tokens.")

@@ -20,23 +20,25 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 _LEAST_ROOM = 256  # slots; and at least a quarter of those in use, so that the copies of a long text are few
 _ROOM_SHARE = 4
+_DEVICES = ("cpu", "cuda")
 
 
 class CacheRoom:
     """While entered, the dynamic layers of a cache append in place.
 
-    Layers that are transformers' own ``DynamicLayer`` and nothing else take part: sliding, static, quantised and
-    offloaded ones stay as they are.
+    Layers that are transformers' own ``DynamicLayer`` and nothing else take part, on a CPU or CUDA, whose attention
+    reads keys wherever they lie: sliding, static, quantised and offloaded ones stay as they are.
 
     Args:
         cache: whose layers; they may still be added while it is in use.
-        slots: the most that will ever be used, where that is known: no more room is made.
+        slots: the most that will be used: no more room is made for more.
     """
 
     def __init__(self, cache: Cache, slots: int) -> None:
         self._cache = cache
         self._slots = slots
         self._rooms: dict[int, _Room] = {}
+        self._lent: list[DynamicLayer] = []
 
     def __enter__(self) -> None:
         if getattr(self._cache, "offloading", False):
@@ -45,12 +47,13 @@ class CacheRoom:
             if type(layer) is DynamicLayer and "update" not in vars(layer):
                 room = self._rooms.setdefault(number, _Room(self._slots))
                 vars(layer)["update"] = functools.partial(room.append, layer)
+                self._lent.append(layer)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for layer in self._cache.layers:
-            vars(layer).pop("update", None)
+        while self._lent:
+            vars(self._lent.pop()).pop("update", None)
 
 
 class _Room:
@@ -64,7 +67,8 @@ class _Room:
         self, layer: Any, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``DynamicLayer.update``: the layer's keys and values with the new ones behind them, ``[B, heads, S, d]``."""
-        if not layer.is_initialized or layer.keys.dim() != key_states.dim():
+        plain = layer.is_initialized and type(layer.keys) is torch.Tensor and layer.keys.dim() == key_states.dim()
+        if not plain or layer.keys.device.type not in _DEVICES:
             return type(layer).update(layer, key_states, value_states, *args, **kwargs)
         held = layer.keys.shape[-2]
         needed = held + key_states.shape[-2]

@@ -24,24 +24,24 @@ _ops = torch.ops.aten
 
 
 class FewRowGraphs:
-    """While entered, what torch's compiler compiles multiplies few rows so. A user's own custom pass stays alone."""
+    """While entered, what torch's compiler compiles multiplies few rows so. A user's own custom pass stays alone.
 
-    def __init__(self) -> None:
-        self._patch: Any = None
+    The setting is the process's: what another thread compiles meanwhile is rewritten as well, to the same numbers.
+    """
 
     def __enter__(self) -> None:
         from torch._inductor import config
 
         if config.post_grad_custom_pre_pass is None:
-            self._patch = config.patch(post_grad_custom_pre_pass=_custom_pass())
-            self._patch.__enter__()
+            config.post_grad_custom_pre_pass = _custom_pass()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._patch is not None:
-            self._patch.__exit__(kind, error, traceback)
-            self._patch = None
+        from torch._inductor import config
+
+        if config.post_grad_custom_pre_pass is _custom_pass():
+            config.post_grad_custom_pre_pass = None
 
 
 @functools.cache
@@ -54,7 +54,7 @@ def _custom_pass() -> Any:
             turn_products(graph)
 
         def uuid(self) -> Any:  # tells graphs in the compiler's cache apart from those without it
-            return get_hash_for_files((__file__,))
+            return get_hash_for_files((__file__,), f"{MOST_ROWS} {PADDED_ROWS}")
 
     return FewRowPass()
 

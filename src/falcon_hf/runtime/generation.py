@@ -97,6 +97,7 @@ def decode(
         tokens = generation_config.max_length + uncounted
         slots = tokens + room
         check_length(target, tokens, slots)
+        slots = max(slots, generation_config.max_cache_len or 0)  # a size the user wants for texts of all lengths
         session = TargetSession(target, len(rows), slots, room, model_kwargs, drafter.config.feature_layers)
         at_end.callback(session.close)
         with statistics.timed("prefill"):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ...compiled import compiled
+from ...compiled_decoding import compiled
 from ..errors import BenchError
 from .base import Forwards, Method, MethodContext, MethodResult
 
@@ -26,8 +26,8 @@ class CompilingMethod(Method):
     may_fail = True
 
     def __init__(self, label: str, context: MethodContext, settings: dict[str, str]) -> None:
-        self.mode = settings.pop("mode", DEFAULT_MODE)
-        super().__init__(label, context, settings)
+        self.mode = settings.get("mode", DEFAULT_MODE)
+        super().__init__(label, context, {name: value for name, value in settings.items() if name != "mode"})
         if self.mode not in torch._inductor.list_mode_options() and self.mode != DEFAULT_MODE:
             known = ", ".join([DEFAULT_MODE, *torch._inductor.list_mode_options()])
             raise BenchError(f"{label}: mode must be one of {known}, got {self.mode!r}.")
@@ -46,11 +46,16 @@ class CompilingMethod(Method):
         """See [`Method.generate`].
 
         Raises:
-            CompileError: if the compiler fails, or transformers decided not to compile.
+            CompileError: if the compiler fails, transformers decided not to compile, or the static cache cannot serve.
+            ValueError: what ``generate()`` raises on options that do not go together.
         """
         try:
             result = super().generate(ids, options)
         except torch._dynamo.exc.TorchDynamoException as error:  # the backend's failures are among them
+            raise CompileError(str(error)) from error
+        except ValueError as error:
+            if "cache" not in str(error):
+                raise
             raise CompileError(str(error)) from error
         if len(result.rows[0]) > 1 and not hasattr(self.target, "_compiled_call"):
             raise CompileError("transformers does not compile this target (its cache or quantisation rules it out)")
