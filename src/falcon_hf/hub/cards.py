@@ -179,6 +179,7 @@ def _evaluations(result: dict[str, Any]) -> list[EvalResult]:
         if "weights_sha256" not in method or label not in result["summary"]:
             continue
         figures = result["summary"][label]
+        own = config if label == "falcon" else f"{config}, {label}"
         metrics = {
             "tau": ("accepted drafts per round", figures["tau"]),
             "tau_with_bonus": ("tokens per target forward", figures["tau_with_bonus"]),
@@ -192,8 +193,8 @@ def _evaluations(result: dict[str, Any]) -> list[EvalResult]:
                 task_name="Speculative decoding",
                 dataset_type=stem,
                 # A model-index keeps what has one type and config together, so each setting is a config.
-                dataset_config=config,
-                dataset_name=f"{stem}, {config}",
+                dataset_config=own,
+                dataset_name=f"{stem}, {own}",
                 dataset_args=how,
                 metric_type=metric,
                 metric_name=words,
