@@ -26,19 +26,20 @@ def fused_norm(module: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
     less). So a module must have the parts, and its class give the same numbers when tried, once.
     """
     weight, epsilon = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
-    if not type(module).__name__.endswith("RMSNorm") or type(weight) is not nn.Parameter or not _is_number(epsilon):
+    if not type(module).__name__.endswith("RMSNorm") or not isinstance(epsilon, float | int):
         return None
-    if weight.dim() != 1 or weight.dtype != torch.float32 or weight.device.type != "cpu":
+    if (
+        type(weight) is not nn.Parameter
+        or weight.dim() != 1
+        or weight.dtype != torch.float32
+        or weight.device.type != "cpu"
+    ):
         return None
     own = {name for name in vars(module) if not name.startswith("_")} - {"training", "variance_epsilon"}
     if own or len(module._parameters) > 1 or module._modules or module._buffers:
         return None  # it may read more than these two
     kind: Any = type(module)
     return functools.partial(_forward, module) if _is_the_norm(kind, kind.forward) else None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, float | int)
 
 
 @functools.cache

@@ -64,7 +64,8 @@ def test_shows_both_texts_and_the_figures(demo: Demo) -> None:
         round(statistics[name], 2) for name in ("tau", "tau_with_bonus", "alpha")
     ]
     plain, falcon, speedup = (float(figure.removesuffix("x")) for figure in figures[:3])
-    assert falcon / plain == pytest.approx(speedup, rel=0.02)
+    lowest, highest = (falcon - 0.05) / (plain + 0.05), (falcon + 0.05) / (plain - 0.05)  # as they are shown, rounded
+    assert lowest - 0.005 <= speedup <= highest + 0.005
     assert "together" not in result.stdout
     assert re.search(r"\d+ rounds of \d+ ms: draft \d+, verify \d+, other [\d.]+\. float32, 2 CPU threads\.", shown)
     assert shown.endswith("The two texts are identical, all 24 tokens.")

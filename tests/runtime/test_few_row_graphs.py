@@ -68,9 +68,10 @@ def test_only_float32_products_with_whole_weights_are_turned():
     assert turn_products(graph.graph) == 0
 
 
-def test_the_compilers_settings_are_as_they_were():
+def test_the_compilers_settings_are_as_they_were(tiny_target, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     assert config.post_grad_custom_pre_pass is None
-    graphs = FewRowGraphs()
+    graphs = FewRowGraphs(tiny_target(VOCAB))
 
     def fail() -> None:
         assert config.post_grad_custom_pre_pass is few_row_graphs._custom_pass()
@@ -86,6 +87,8 @@ def test_the_compilers_settings_are_as_they_were():
 
     with config.patch(post_grad_custom_pre_pass=own), graphs:
         assert config.post_grad_custom_pre_pass is own
+    with FewRowGraphs(copy.deepcopy(tiny_target(VOCAB)).to("meta")):
+        assert config.post_grad_custom_pre_pass is None
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import torch
 from rich.markup import escape
 
 from ..metrics import difference_gap, first_difference
+from ..runtime.statistics import GenerationStatistics
 from .answer import Answer
 
 # Rounding units, see ``metrics.difference_gap``: beyond these a difference is not a tie.
@@ -37,9 +38,14 @@ class AnswerPair:
         """Tokens per second over plain's."""
         return self.falcon.tokens_per_second / self.plain.tokens_per_second
 
+    @property
+    def statistics(self) -> GenerationStatistics:
+        """What Falcon did."""
+        assert self.falcon.statistics is not None  # it answered with a drafter
+        return self.falcon.statistics
+
     def as_dict(self) -> dict[str, Any]:
         """JSON values."""
-        assert self.falcon.statistics is not None
         figures = {
             name: {
                 "text": result.text,
@@ -49,7 +55,7 @@ class AnswerPair:
             }
             for name, result in (("plain", self.plain), ("falcon", self.falcon))
         }
-        figures["falcon"]["statistics"] = self.falcon.statistics.as_dict()
+        figures["falcon"]["statistics"] = self.statistics.as_dict()
         verdict = {"identical": self.difference is None, "first_difference": self.difference}
         return {"prompt": self.prompt, **figures, "speedup": self.speedup, **verdict}
 

@@ -103,8 +103,7 @@ def _show(pairs: list[AnswerPair], dtype: str, threads: int) -> None:
     for heading in ("plain\ntokens/s", "Falcon\ntokens/s", "speedup", "tau", "with\nbonus", "alpha"):
         table.add_column(heading, justify="right")
     for pair in pairs:
-        statistics = pair.falcon.statistics
-        assert statistics is not None
+        statistics = pair.statistics
         table.add_row(
             escape(_shortened(pair.prompt)),
             f"{pair.plain.tokens_per_second:.1f}",
@@ -131,16 +130,12 @@ def _show(pairs: list[AnswerPair], dtype: str, threads: int) -> None:
 
 def _show_rounds(pairs: list[AnswerPair], where: str) -> None:
     """The mean round's time, part by part."""
-    rounds = 0
-    seconds = [0.0, 0.0, 0.0]
-    for pair in pairs:
-        statistics = pair.falcon.statistics
-        assert statistics is not None
-        rounds += statistics.rounds
-        parts = (statistics.draft_seconds, statistics.verify_seconds, statistics.other_seconds)
-        seconds = [total + part for total, part in zip(seconds, parts, strict=True)]
-    if rounds:
-        draft, verify, other = (1000 * total / rounds for total in seconds)
+    done = [pair.statistics for pair in pairs]
+    if rounds := sum(one.rounds for one in done):
+        draft, verify, other = (
+            1000 * sum(getattr(one, f"{phase}_seconds") for one in done) / rounds
+            for phase in ("draft", "verify", "other")
+        )
         stdout.print(
             f"[dim]{rounds} rounds of {draft + verify + other:.0f} ms: "
             f"draft {draft:.0f}, verify {verify:.0f}, other {other:.1f}. {where}.[/]"

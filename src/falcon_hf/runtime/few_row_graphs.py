@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from transformers import PreTrainedModel
 
 from .few_rows import MOST_ROWS, PADDED_ROWS
 
@@ -27,9 +28,17 @@ class FewRowGraphs:
     """While entered, what torch's compiler compiles multiplies few rows so. A user's own custom pass stays alone.
 
     The setting is the process's: what another thread compiles meanwhile is rewritten as well, to the same numbers.
+
+    Args:
+        model: nothing happens unless it is on a CPU, with the library that these products are fast in.
     """
 
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._wanted = model.device.type == "cpu" and torch.backends.mkl.is_available()
+
     def __enter__(self) -> None:
+        if not self._wanted:
+            return
         from torch._inductor import config
 
         if config.post_grad_custom_pre_pass is None:
@@ -38,6 +47,8 @@ class FewRowGraphs:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if not self._wanted:
+            return
         from torch._inductor import config
 
         if config.post_grad_custom_pre_pass is _custom_pass():

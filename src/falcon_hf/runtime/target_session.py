@@ -111,9 +111,10 @@ class TargetSession:
         self.cache = fitting_cache(self.cache, rows, slots)
         self._static = any(isinstance(layer, StaticLayer) for layer in self.cache.layers)
         self._room = room
+        self._is_compiled = is_compiled(target)
         # Rows of a batch leave holes. What is compiled would trace the appending, and be made anew for it.
         most = slots if rows == 1 else _HOLES * slots
-        self._cache_room: Any = contextlib.nullcontext() if is_compiled(target) else CacheRoom(self.cache, most)
+        self._cache_room: Any = contextlib.nullcontext() if self._is_compiled else CacheRoom(self.cache, most)
         self._forward: Any = target
         self._few_rows: Any = FewRowProducts(target)
         self._shared_heads: Any = SharedHeads(target)
@@ -175,14 +176,13 @@ class TargetSession:
         # Installed on first use otherwise, under a lock, which breaks the graph. Once only, or states are kept twice.
         if not any(getattr(module, "_output_capturing_hooks_installed", False) for module in self.target.modules()):
             maybe_install_capturing_hooks(self.target)
-        compiled = is_compiled(self.target)
+        compiled = self._is_compiled
         if self.target._valid_auto_compile_criteria(self.model_kwargs, generation_config):
             self._forward = self.target.get_compiled_call(generation_config.compile_config)
             compiled |= self._forward != self.target.__call__  # llama4 gives that
         if compiled:
             # A graph is made once: of torch's own products and attention, but for products with few rows.
-            turned = self.target.device.type == "cpu" and torch.backends.mkl.is_available()
-            self._few_rows = FewRowGraphs() if turned else contextlib.nullcontext()
+            self._few_rows = FewRowGraphs(self.target)
             self._shared_heads = contextlib.nullcontext()
 
     def _wanted_states(self, generation_config: Any) -> bool | list[int]:
