@@ -21,7 +21,6 @@ from transformers.cache_utils import CacheLayerMixin, StaticLayer
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .cache_room import CacheRoom
-from .few_row_graphs import FewRowGraphs
 from .few_rows import FewRowProducts, is_compiled
 from .returned_attentions import PlainRows
 from .shared_heads import SharedHeads
@@ -30,6 +29,7 @@ from .target_attention import mask_for
 from .target_cache import fitting_cache
 from .target_slots import CachedSlots
 from .tree import DraftTree
+from .tree_graphs import TreeGraphs
 
 # Prepared anew for every forward of ours, or meaningless there.
 _OWN_KWARGS = frozenset(
@@ -181,8 +181,8 @@ class TargetSession:
             self._forward = self.target.get_compiled_call(generation_config.compile_config)
             compiled |= self._forward != self.target.__call__  # llama4 gives that
         if compiled:
-            # A graph is made once: of torch's own products and attention, but for products with few rows.
-            self._few_rows = FewRowGraphs(self.target)
+            # A graph is made once, so it is rewritten instead.
+            self._few_rows = TreeGraphs(self.target)
             self._shared_heads = contextlib.nullcontext()
 
     def _wanted_states(self, generation_config: Any) -> bool | list[int]:

@@ -12,13 +12,10 @@ from torch.nn import functional as F
 from falcon_hf.runtime import few_rows
 from falcon_hf.runtime.few_rows import FewRowProducts, few_row_linear
 
+from .helpers import drawn
 from .test_static_cache import CROPPABLE
 
 PROMPT = torch.tensor([[3, 1, 4, 1, 5]])
-
-
-def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture

@@ -16,17 +16,13 @@ from falcon_hf.runtime import fused_norms
 from falcon_hf.runtime.few_rows import FewRowProducts
 from falcon_hf.runtime.fused_norms import fused_norm
 
-from .helpers import prompt_ids
+from .helpers import drawn, prompt_ids
 
 
 def norm(kind: type[nn.Module] = LlamaRMSNorm, size: int = 24, epsilon: float = 1e-5) -> nn.Module:
     module = kind(size, eps=epsilon)
     nn.init.uniform_(module.weight, 0.2, 2, generator=torch.Generator().manual_seed(3))
     return module
-
-
-def drawn(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("kind", [LlamaRMSNorm, Qwen3RMSNorm])

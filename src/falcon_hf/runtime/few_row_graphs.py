@@ -1,73 +1,23 @@
-"""Products with few rows in a compiled verification on a CPU: the graph multiplies as ``few_rows.py`` does.
+"""Products with few rows in the graph of a compiled verification: multiplied as ``few_rows.py`` does.
 
 A compiler leaves products to BLAS as they stand, x W^T, which is slow for the few rows of a tree, so that compiling
-gained nothing. Here its graph is rewritten to (W x^T)^T before code is made of it. Verification of four nodes by
-SmolLM2-135M-Instruct, float32, 2 threads of an AVX2 CPU, ms: 83 uncompiled, 93 compiled as it stands, 55 so; a plain
-token takes 77 and, compiled, 62.
+gained nothing. Here its graph is rewritten to (W x^T)^T before code is made of it (``tree_graphs.py``). Verification
+of four nodes by SmolLM2-135M-Instruct, float32, 2 threads of an AVX2 CPU, ms: 83 uncompiled, 93 compiled as it stands,
+55 so; a plain token takes 77 and, compiled, 62.
 
-The rewriting is handed to torch's compiler as its own custom pass, for the length of a verification.
 ``tests/runtime/test_few_row_graphs.py`` holds that the numbers are the same.
 """
 
 from __future__ import annotations
 
-import functools
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import fx
-from transformers import PreTrainedModel
 
 from .few_rows import MOST_ROWS, PADDED_ROWS
 
 _ops = torch.ops.aten
-
-
-class FewRowGraphs:
-    """While entered, what torch's compiler compiles multiplies few rows so. A user's own custom pass stays alone.
-
-    The setting is the process's: what another thread compiles meanwhile is rewritten as well, to the same numbers.
-
-    Args:
-        model: nothing happens unless it is on a CPU, with the library that these products are fast in.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._wanted = model.device.type == "cpu" and torch.backends.mkl.is_available()
-
-    def __enter__(self) -> None:
-        if not self._wanted:
-            return
-        from torch._inductor import config
-
-        if config.post_grad_custom_pre_pass is None:
-            config.post_grad_custom_pre_pass = _custom_pass()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if not self._wanted:
-            return
-        from torch._inductor import config
-
-        if config.post_grad_custom_pre_pass is _custom_pass():
-            config.post_grad_custom_pre_pass = None
-
-
-@functools.cache
-def _custom_pass() -> Any:
-    # Not imported with the runtime: a torch that never compiles need not have it.
-    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-
-    class FewRowPass(CustomGraphPass):
-        def __call__(self, graph: fx.Graph) -> None:
-            turn_products(graph)
-
-        def uuid(self) -> Any:  # tells graphs in the compiler's cache apart from those without it
-            return get_hash_for_files((__file__,), f"{MOST_ROWS} {PADDED_ROWS}")
-
-    return FewRowPass()
 
 
 def turn_products(graph: fx.Graph) -> int:

@@ -1,0 +1,73 @@
+"""Compiled verification: texts are plain's with its graph rewritten, and the compiler's settings are as they were."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch._inductor import config
+
+from falcon_hf import compiled
+from falcon_hf.runtime import tree_graphs
+from falcon_hf.runtime.tree_graphs import TreeGraphs
+
+from .families import tiny_family
+from .helpers import assert_same_text, prompt_ids
+from .test_batch import VOCAB
+from .test_static_cache import CROPPABLE
+
+
+def test_the_compilers_settings_are_as_they_were(tiny_target, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert config.post_grad_custom_pre_pass is None
+    graphs = TreeGraphs(tiny_target(VOCAB))
+
+    def fail() -> None:
+        assert config.post_grad_custom_pre_pass is tree_graphs._custom_pass()
+        raise RuntimeError
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError), graphs:
+            fail()
+        assert config.post_grad_custom_pre_pass is None
+
+    def own(graph: Any) -> None:
+        del graph
+
+    with config.patch(post_grad_custom_pre_pass=own), graphs:
+        assert config.post_grad_custom_pre_pass is own
+    with TreeGraphs(copy.deepcopy(tiny_target(VOCAB)).to("meta")):
+        assert config.post_grad_custom_pre_pass is None
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
+    """What a rewriting found in each graph."""
+    found: list[int] = []
+    own = getattr(tree_graphs, name)
+    monkeypatch.setattr(tree_graphs, name, lambda graph: found.append(own(graph)))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CROPPABLE, reason="this transformers refuses static caches: test_static_cache.py holds that")
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("tree", [[[0], [1], [0, 0]], [[0], [0, 0]]], ids=["four rows", "three, padded"])
+def test_a_compiled_verification_is_rewritten(tiny_drafter, monkeypatch, tree):
+    """The real compiler: one graph of many lengths, the texts plain's, sampled too. qwen2 has layers with a bias."""
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    turned, shared = counted(monkeypatch, "turn_products"), counted(monkeypatch, "share_heads")
+    target = copy.deepcopy(tiny_family("qwen2", "sdpa"))
+    drafter = tiny_drafter(target, 2, "linear", tree=tree)
+    torch._dynamo.reset()
+    with config.patch(force_disable_caches=True):
+        for seed, sampled in ((0, False), (1, True), (2, False)):
+            assert_same_text(
+                target, drafter, prompt_ids(VOCAB, 5 + seed, seed), do_sample=sampled, max_new_tokens=20,
+                **compiled(40, drafter),
+            )  # fmt: skip
+    torch._dynamo.reset()
+    linear = sum(type(module) is torch.nn.Linear for module in target.modules())
+    assert [count for count in turned if count] == [linear]
+    assert [count for count in shared if count] == [target.config.num_hidden_layers]
