@@ -18,6 +18,7 @@ PAGES = {
     "publishing.md": "Publishing a drafter",
     "measuring.md": "Measuring",
     "results.md": "Results",
+    "comparison.md": "Methods and trees compared",
     "open-questions.md": "Open questions",
     "conformance.md": "What works where",
     "faq.md": "Questions",

@@ -21,6 +21,7 @@ SHARED = {
     "version",
     "processor_name",
     "compiled_decoding",
+    "whole_files",
 }
 MAY_IMPORT = {
     "runtime": set[str](),
@@ -29,6 +30,7 @@ MAY_IMPORT = {
     "demo_target": set[str](),
     "version": set[str](),
     "processor_name": set[str](),
+    "whole_files": set[str](),
     "drafter_checks": {"runtime"},
     "drafter_loading": {"runtime", "drafter_checks"},
     "tree_files": {"runtime"},

@@ -3,11 +3,12 @@
 Where several query heads share a key head, transformers repeats keys and values for each; compiled, over the whole
 static cache, in every layer. The CPU's kernel reads the shared head, so the graph hands it the cache as it lies.
 
-``tests/runtime/test_shared_head_graphs.py`` holds that the bits are the same.
+``tests/runtime/test_shared_head_graphs.py`` holds that the bits are the same, in float32.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 _ops = torch.ops.aten
+# Older kernels take a query head's number for its key head's, and read behind the cache (pytorch/pytorch#157893).
+_SHARING_TORCH = (2, 9)
 
 
 def share_heads(graph: fx.Graph) -> int:
@@ -26,13 +29,22 @@ def share_heads(graph: fx.Graph) -> int:
             own elimination.
     """
     found = 0
+    if not kernel_shares_heads():
+        return found
     for node in graph.find_nodes(op="call_function", target=_ops._scaled_dot_product_flash_attention_for_cpu.default):
         query, key, value, *rest = node.args
-        shared = _before_repeating(key), _before_repeating(value)
-        if None not in shared:
-            node.args = (query, *shared, *rest)
+        keys, values = _before_repeating(key), _before_repeating(value)
+        # The kernel takes the number of key heads for that of the values' heads.
+        if keys is not None and values is not None and keys.meta["val"].shape[1] == values.meta["val"].shape[1]:
+            node.args = (query, keys, values, *rest)
             found += 1
     return found
+
+
+def kernel_shares_heads(version: str = torch.__version__) -> bool:
+    """Whether the CPU's attention kernel of this torch knows fewer key heads than query heads."""
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    return numbers is not None and tuple(int(number) for number in numbers.groups()) >= _SHARING_TORCH
 
 
 def _before_repeating(folded: Any) -> fx.Node | None:
@@ -41,12 +53,16 @@ def _before_repeating(folded: Any) -> fx.Node | None:
     expanded = _input_of(copied, _ops.clone.default) or copied
     widened = _input_of(expanded, _ops.expand.default)
     source = _input_of(widened, _ops.unsqueeze.default)
-    if source is None or widened.args[1] not in (2, -3) or source.meta["val"].dim() != 4:
+    if source is None or widened.args[1] not in (2, -3):
         return None
     before, between, after = (node.meta["val"].shape for node in (source, expanded, folded))
-    folds = len(after) == 4 and after[1] == between[1] * between[2] and after[3] == before[3]
-    rows_stay = folds and statically_known_true(after[0] == before[0]) and statically_known_true(after[2] == before[2])
-    return source if rows_stay and source.meta["val"].stride(-1) == 1 else None
+    if (len(before), len(between), len(after)) != (4, 5, 4):
+        return None
+    stays = [after[axis] == before[axis] for axis in (0, 2, 3)]
+    folds = after[1] == between[1] * between[2]
+    lies_in_order = source.meta["val"].stride(-1) == 1
+    # Not by plain truth: sizes may be symbols, and a graph is not to be made anew for what this would ask of them.
+    return source if all(statically_known_true(fact) for fact in (*stays, folds, lies_in_order)) else None
 
 
 def _input_of(node: Any, *targets: Any) -> Any:

@@ -7,7 +7,9 @@ row, timed now and then; a round that drafts and emits n tokens a row loses
 
 against plain decoding (gains, if negative). Drafting goes on while the losses so far are within an allowance, a share
 of all time spent and a little to start with; then plain rounds follow until the allowance has room for a new trial. So
-a hopeless drafter costs that share and no more, however bad it is, and one that has become good again is found out. The
+a hopeless drafter costs that share and no more, however bad it is, and one that has become good again is found out. A
+round that took several times as long as such rounds do was held up by something else, and the first of all makes
+buffers; neither is held against the drafter. The
 books go on from call to call (a drafter has a switch for each target, batch size and tree): a first short text may lose
 a few rounds, a hundred of them lose no larger share than one long one.
 
@@ -24,12 +26,14 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-_SHARE = 0.025
+_SHARE = 0.015
 # In plain rounds: what may be lost before anything was earned, what a new trial must have room for, and the most that
 # earlier gains may pay for later losses.
-_START = 1.5
+_START = 1.0
 _TRIAL = 2.0
 _SAVED = 4.0
+# In medians of rounds of its kind: a longer one is booked as this.
+_HELD_UP = 3.0
 # Plain rounds are timed at these rounds (the very first is not: buffers are made then), and every so many after.
 _FIRST_PROBES = (2, 5, 9, 14)
 _PROBE_EVERY = 40
@@ -52,6 +56,7 @@ class SpeculationSwitch:
         self._clock = clock
         self._resting = False
         self._plain: deque[float] = deque(maxlen=5)
+        self._drafted: deque[float] = deque(maxlen=9)
         self._unrated: list[tuple[float, float]] = []  # rounds that drafted, until a plain one was timed
         self._lost = 0.0
         self._spent = 0.0
@@ -71,11 +76,13 @@ class SpeculationSwitch:
         now = self._clock()
         seconds, self._last = now - self._last, now
         self._rounds += 1
-        self._spent += seconds
-        if not self.drafts:
-            self._plain.append(seconds)
-        else:
-            self._unrated.append((seconds, tokens))
+        if self._rounds > 1:
+            kind = self._drafted if self.drafts else self._plain
+            kind.append(seconds)
+            seconds = min(seconds, _HELD_UP * statistics.median(kind))
+            self._spent += seconds
+            if self.drafts:
+                self._unrated.append((seconds, tokens))
         if self._plain:
             plain = statistics.median(self._plain)
             for taken, emitted in self._unrated:

@@ -219,10 +219,13 @@ class TargetSession:
         self._make_room(tree.size)
         deepest = torch.tensor(budgets, device=device)[:, None] - 1
         positions = self.slots.next_position + tree.depths.to(device).minimum(deepest.clamp_min(0))
-        with self._few_rows, self._shared_heads, self._cache_room:
+        plain = self._is_plain(tree)
+        with contextlib.ExitStack() as helped:
+            for help_with_trees in () if plain else (self._few_rows, self._shared_heads, self._cache_room):
+                helped.enter_context(help_with_trees)
             outputs = self._forward(
                 input_ids=tree.tokens.to(device),
-                **self._places(tree.ancestors.to(device), positions),
+                **self._places(tree.ancestors.to(device), positions, self._causal or plain),
                 use_cache=True,
                 output_hidden_states=self._wanted_states(generation_config),
                 return_dict=True,
@@ -252,13 +255,21 @@ class TargetSession:
         tokens, parents, depths = (F.pad(x, (0, missing)) for x in (tree.tokens, tree.parents, tree.depths))
         return DraftTree(tokens, parents, depths, ancestors)
 
-    def _places(self, ancestors: torch.Tensor, positions: torch.Tensor) -> dict[str, Any]:
+    def _is_plain(self, tree: DraftTree) -> bool:
+        """Whether this is the forward of plain decoding, one token of one text, which nothing for trees makes faster.
+
+        Of SmolLM2-135M-Instruct in float32 on 2 threads of an AVX2 CPU it takes 66 ms so, and 72 as a tree.
+        """
+        one = tree.tokens.numel() == 1 and not self._static
+        return one and self.target.config._attn_implementation in ("eager", "sdpa")
+
+    def _places(self, ancestors: torch.Tensor, positions: torch.Tensor, causal: bool) -> dict[str, Any]:
         """What tells the target where the nodes are: masks and positions, as for a tree in [`masks`].
 
-        A chain needs what plain decoding gives, a mask ``[B, L + N]`` of the slots, and positions where the target
-        takes any.
+        A chain (``causal``) needs what plain decoding gives, a mask ``[B, L + N]`` of the slots, and positions where
+        the target takes any.
         """
-        if not self._causal:
+        if not causal:
             return {"position_ids": positions, "attention_mask": self.masks(ancestors, positions)}
         mask = torch.cat((self.slots.valid, torch.ones_like(positions, dtype=torch.bool)), dim=1).long()
         if self._static:  # some build their biases from the mask, for all slots

@@ -25,14 +25,15 @@ from .shared_head_graphs import share_heads
 class TreeGraphs:
     """While entered, what torch's compiler compiles is rewritten so. A user's own custom pass stays alone.
 
-    The setting is the process's: what another thread compiles meanwhile is rewritten as well, to the same numbers.
+    In a torch where the setting is the process's (2.13 has one a thread), what another thread compiles meanwhile is
+    rewritten as well: numbers are the same but for the order of sums.
 
     Args:
-        model: nothing happens unless it is on a CPU, with the library that these products are fast in.
+        model: nothing happens unless it is on a CPU.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._wanted = model.device.type == "cpu" and torch.backends.mkl.is_available()
+        self._wanted = model.device.type == "cpu"
 
     def __enter__(self) -> None:
         if not self._wanted:
@@ -60,7 +61,8 @@ def _custom_pass() -> Any:
 
     class TreePass(CustomGraphPass):
         def __call__(self, graph: fx.Graph) -> None:
-            turn_products(graph)
+            if torch.backends.mkl.is_available():  # the library that these products are fast in
+                turn_products(graph)
             share_heads(graph)
 
         def uuid(self) -> Any:  # tells graphs in the compiler's cache apart from those without it

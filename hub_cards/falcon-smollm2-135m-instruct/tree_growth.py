@@ -179,7 +179,7 @@ class Growth:
         node_of.scatter_(1, order + 1, ids)  # the root is at 0
         parents = node_of.gather(1, torch.cat(self._parents, dim=1).gather(1, order) + 1)
         tokens = torch.cat(self._tokens, dim=1).gather(1, order)
-        depths = torch.cat([torch.full((count,), depth) for count, depth in self._depths]).to(self._device)[order]
+        depths = torch.cat([torch.full((count,), depth, device=self._device) for count, depth in self._depths])[order]
         parents = F.pad(parents, (1, 0), value=-1)
         return DraftTree(
             tokens=torch.cat((root, tokens), dim=1),

@@ -208,11 +208,21 @@ def test_a_method_that_did_not_run_has_a_row_and_a_reason(result: dict[str, Any]
 
 
 def test_brief_is_speed_and_agreement(result: dict[str, Any]) -> None:
+    result["failed"] = {"plain_compiled": "no compiler"}
     brief, full = render([result], brief=True), render([result])
     name = "mt_bench, bfloat16, greedy"
-    assert len(row(brief, name, "falcon")) == 2
+    plain = row(full, name, "plain")[0][2]
+    speed, agreement = row(full, name, "falcon")[:2]
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in brief.splitlines() if line.startswith(f"| {name}")
+    ]
+    assert rows[0] == [name, "falcon", plain, *speed[2:6], speed[8], agreement[2]]
+    assert [cells[1] for cells in rows] == ["falcon", "prompt_lookup", "plain_compiled"]
+    assert rows[-1] == [name, "plain_compiled", plain, "did not run", *["-"] * 5]
     assert len(row(full, name, "falcon")) == 4
-    assert set(brief.splitlines()) <= set(full.splitlines())
+    provenance = [line for line in full.splitlines() if line.startswith(f"- {name}")]
+    assert provenance
+    assert set(provenance) <= set(brief.splitlines())
 
 
 def test_turns_and_batches_are_named(result: dict[str, Any]) -> None:

@@ -260,6 +260,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from transformers import AutoModelForCausalLM
+from falcon_hf import whole_files
 from falcon_hf.bench import result_file
 from falcon_hf.bench.methods import MethodContext, build_method
 from falcon_hf.bench.questions import read_question_file
@@ -278,7 +279,7 @@ methods = [build_method(label, MethodContext(target)) for label in ("plain", "pr
 if "kill" in os.environ.get("FALCON_TEST", ""):
     run_write = result_file.ResultFile.add
     def add(self, entries):
-        result_file.os.replace = killed
+        whole_files.os.replace = killed
         run_write(self, entries)
     result_file.ResultFile.add = add
 run(target, byte_tokenizer(), methods, plan, output, show_progress=False)

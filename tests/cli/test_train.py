@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+import typer
 
 from falcon_hf import FalconDrafter
 
@@ -78,6 +79,14 @@ def test_whatever_is_wrong_is_one_line(run, repos, text, tmp_path, no_hub):
     assert_refused(run(*command(repos, text, tmp_path, "--steps", 4, "--epochs", 2)), "--epochs: --steps says")
     assert_refused(run(*command(repos, text, tmp_path, "--features", "live", "--no-cached-laws")), "--cached-laws: not")
     assert_refused(run(*command(repos, text, tmp_path, "--rollout-passes", 1, "--rollout-start", 0.1)), "2 or more")
+    started = ("--init-from", repos / "drafter", "--block-size", 2)  # the default, said aloud
+    assert_refused(run(*command(repos, text, tmp_path, *started)), "--block-size: not with --init-from")
+    parquet = tmp_path / "text.parquet"
+    parquet.write_bytes(b"PAR1")
+    assert_refused(run(*command(repos, parquet, tmp_path)), "text.parquet", ".jsonl", "saved datasets.Dataset")
+    taken = tmp_path / "taken"
+    taken.write_text("")
+    assert_refused(run(*command(repos, text, taken)), "taken", "another output folder")
 
 
 def test_a_drafter_to_go_on_from_must_be_one(run, repos, text, tmp_path):
@@ -96,3 +105,16 @@ def test_each_process_of_torchrun_has_its_gpu(monkeypatch):
     assert module._device("cpu") == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert module._device(None) == torch.device("cpu")
+
+
+def test_another_gpu_than_the_first_is_refused(monkeypatch, capsys):
+    """The trainer takes the first it sees: what it would do otherwise is to load the target elsewhere."""
+    module = importlib.import_module("falcon_hf.cli.train")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(module, "parse_device", torch.device)
+    assert module._device("cuda:0") == torch.device("cuda", 0)
+    with pytest.raises(typer.Exit):
+        module._device("cuda:1")
+    assert "CUDA_VISIBLE_DEVICES=1" in capsys.readouterr().err
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert module._device("cuda:1") == torch.device("cuda", 1)

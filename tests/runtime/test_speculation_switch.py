@@ -96,10 +96,10 @@ def test_many_short_texts_cost_five_percent_at_most(cost, tokens):
 
 @pytest.mark.parametrize(("cost", "mean"), [(1.1, 0.6), (1.35, 1.5), (2.2, 2.5)])
 def test_a_good_drafter_drafts_on(cost, mean):
-    """Within 7% of drafting in every round; the dearest of these gains little anyway."""
+    """Within 12% of drafting in every round: the dearest of these rests for a while when its first are unlucky."""
     times = [simulate(500, cost, lambda _: mean, 0.2, seed)[0] for seed in range(10)]
     capped = sum((mean / (1 + mean)) ** n for n in range(1, 8))
-    assert sum(times) / 10 < 1.07 * 500 * cost / (1 + capped)
+    assert sum(times) / 10 < 1.12 * 500 * cost / (1 + capped)
 
 
 def test_a_drafter_that_becomes_good_is_found_out():
@@ -111,6 +111,19 @@ def test_a_drafter_that_becomes_good_is_found_out():
 def test_one_that_becomes_bad_is_dropped():
     time, _ = simulate(2000, 1.5, lambda at: 2.0 if at < 500 else 0.0)
     assert time < 500 * 0.8 + 1500 * 1.05
+
+
+@pytest.mark.parametrize(("stalled", "stall"), [(0, 50.0), (40, 1000.0)], ids=["the first round", "a later one"])
+def test_a_round_that_was_held_up_is_not_held_against_the_drafter(stalled, stall):
+    """Buffers made at the start, or a machine that slept: drafting goes on within a few rounds."""
+    now, rests = 0.0, []
+    switch = SpeculationSwitch(True, clock=lambda: now)
+    switch.start()
+    for index in range(200):
+        now += (1.2 if switch.drafts else 1.0) + (stall if index == stalled else 0.0)
+        rests.append(not switch.drafts)
+        switch.record(3 if switch.drafts else 1)
+    assert sum(rests) <= 4 + 200 / 40 + 1  # its timings of plain rounds, and no more
 
 
 def test_off_is_off():

@@ -38,7 +38,7 @@ def by_definition(text: list[int], lookup: SuffixLookup) -> list[tuple[int, floa
     if best < lookup.min_match:
         return []
     chain, score = [], 0.0
-    for step, token in enumerate(text[place + 1 :][: lookup.length]):
+    for step, token in enumerate(itertools.islice(itertools.cycle(text[place + 1 :]), lookup.length)):
         known = min(best + step - lookup.min_match, len(lookup.acceptance) - 1)
         score += math.log(lookup.acceptance[known])
         chain.append((token, score))
@@ -57,6 +57,15 @@ def test_search_is_the_definitions(texts):
         assert [token for token, _ in found[: len(expected)]] == [token for token, _ in expected]
         assert [score for _, score in found[: len(expected)]] == pytest.approx([score for _, score in expected])
         assert all(score == -math.inf for _, score in found[len(expected) :])
+
+
+def test_a_period_goes_on():
+    """Text that repeats its last tokens is continued for the whole length, however short the period."""
+    for period in ([5], [5, 6], [5, 6, 7]):
+        repeated = period * 30
+        tokens, chances = LOOKUP.propose(torch.tensor([repeated[:17]]))
+        assert tokens[0].tolist() == repeated[17:][: LOOKUP.length]
+        assert chances.isfinite().all()
 
 
 def growths(seed: int, rows: int = 2, nodes: int = 9) -> tuple[Growth, Growth]:

@@ -267,6 +267,7 @@ def test_bad_plans_are_told(tiny_target, tiny_drafter, text_file, tmp_path, tiny
         ({"features": "some"}, "cached, live"),
         ({"save_dtype": "int8"}, "save_dtype"),
         ({"lora_rank": 4}, "init_from"),
+        ({"lora_rank": 4, "init_from": "x", "config": {"correction_rank": 8}}, "new correction untrained"),
     ):
         with pytest.raises(TrainingError, match=words):
             plan_of(text_file, tmp_path, **given)

@@ -36,7 +36,20 @@ SHAREGPT = [{"from": "system", "value": "s"}, {"from": "human", "value": " Why? 
 
 @pytest.mark.parametrize(
     ("cell", "turn"),
-    [(OPENAI, "Why?"), (SHAREGPT, "Why?"), (["Why?", "And?"], "Why?"), (" Why? ", "Why?"), ([], ""), (None, "")],
+    [
+        (OPENAI, "Why?"),
+        (SHAREGPT, "Why?"),
+        (["Why?", "And?"], "Why?"),
+        (" Why? ", "Why?"),
+        ([], ""),
+        (None, ""),
+        ({"role": "user", "content": "Why?"}, "Why?"),
+        ({"role": "system", "content": "Why?"}, ""),
+        (5, ""),
+        ([5], ""),
+        ([{"role": "user", "content": [{"type": "text", "text": "Why?"}, {"type": "image_url"}]}], "Why?"),
+        ([{"role": "user", "content": None}], ""),
+    ],
 )
 def test_first_user_turn(cell: Any, turn: str) -> None:
     assert first_user_turn(cell) == turn

@@ -215,6 +215,8 @@ def test_check_sets_predictions_beside_measurements(calibrated, tmp_path):
     for entry in back["settings"]:
         ratio = entry["predicted"]["tokens_per_second"] / entry["measured"]["tokens_per_second"]
         assert entry["error"] == pytest.approx(abs(ratio - 1))
+        speedups = entry["predicted"]["speedup"] / entry["measured"]["speedup"]
+        assert entry["speedup_error"] == pytest.approx(abs(speedups - 1))
     assert set(back["summary"]["best_by_task"]) == {"sums", "tales"}
     best = back["summary"]["best"]
     assert best["speedup"] == max(entry["measured"]["speedup"] for entry in back["settings"])

@@ -155,6 +155,51 @@ def test_trace_of_a_batch(tiny_target, tiny_drafter):
         assert [token for segment in kept for token in segment.tokens] == out[row].tolist()
 
 
+def test_the_last_calls_rounds_are_kept(traced, tiny_target):
+    """Of two calls in one block the second's; the control is the first's text with them."""
+    drafter, trace, _ = traced
+    target, texts = tiny_target(), []
+    with trace:
+        for seed, tokens in ((5, 20), (6, 11)):
+            ids = prompt_ids(24, 9, seed)
+            texts.append(
+                target.generate(
+                    ids, attention_mask=torch.ones_like(ids), assistant_model=drafter, do_sample=False,
+                    max_new_tokens=tokens,
+                )
+            )  # fmt: skip
+
+    def kept(out):
+        return [token for segment in trace.segments(out) if segment.kind != "rejected" for token in segment.tokens]
+
+    assert len(trace.rounds) == drafter.last_generation.rounds
+    assert kept(texts[1]) == texts[1][0].tolist()
+    assert kept(texts[0]) != texts[0][0].tolist()
+
+
+def test_a_drafted_end_token_is_accepted(traced, tiny_target):
+    """Each token of a text as its end: shown once, as drafted where it was in the tree."""
+    drafter, trace, out = traced
+    target, ended = tiny_target(), set()
+    prompt = out[:, :9]
+    for end in sorted(set(out[0, 9:].tolist())):
+        with trace:
+            text = target.generate(
+                prompt, attention_mask=torch.ones_like(prompt), assistant_model=drafter, do_sample=False,
+                max_new_tokens=20, eos_token_id=end, pad_token_id=0,
+            )  # fmt: skip
+        if not trace.rounds:
+            continue  # the prefill's token
+        segments = trace.segments(text)
+        kept = [token for segment in segments if segment.kind != "rejected" for token in segment.tokens]
+        assert kept == text[0].tolist()
+        ended.add(segments[-1].kind)
+        if segments[-1].kind == "accepted":
+            last = [segment.kind for segment in segments if segment.round == segments[-1].round]
+            assert last == ["accepted"]
+    assert ended == {"accepted", "target"}
+
+
 def kept_text(page: str) -> str:
     """What a page shows of the text itself, without the rejected drafts."""
     shown: list[str] = []

@@ -19,7 +19,7 @@ def render(results: Sequence[Result], brief: bool = False) -> str:
 
     Args:
         results: at least one.
-        brief: only speed, agreement and provenance, for the first page of a project.
+        brief: one table of speed and agreement, and where it is from folded away, for the first page of a project.
 
     Raises:
         BenchError: if there is no result, or one has no finished question.
@@ -30,17 +30,30 @@ def render(results: Sequence[Result], brief: bool = False) -> str:
         if not result["summary"]:
             raise BenchError("A result has no finished question yet; let falcon-hf bench go on.")
     named = list(zip(names(results), results, strict=True))
-    in_full = (tables.tasks, tables.gaps, tables.positions, tables.rows_of_batches, tables.rounds, tables.memory)
-    parts = [
-        tables.speed(named),
-        _SPEED_NOTE,
-        tables.agreement(named),
-        *(table(named) for table in in_full if not brief),
-        "\n".join(f"- {name}: {describe(result)}" for name, result in named),
-    ]
+    provenance = "\n".join(f"- {name}: {describe(result)}" for name, result in named)
+    if brief:
+        parts = [
+            tables.brief(named),
+            _BRIEF_NOTE,
+            tables.folded("Models, machine and settings of each run", provenance),
+        ]
+    else:
+        further = (tables.tasks, tables.gaps, tables.positions, tables.rows_of_batches, tables.rounds, tables.memory)
+        parts = [
+            tables.speed(named),
+            _SPEED_NOTE,
+            tables.agreement(named),
+            *(table(named) for table in further),
+            provenance,
+        ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+_BRIEF_NOTE = (
+    "Speed: a question's tokens per second over plain `generate()`'s in the same run, setup and prefill included; "
+    "median over questions, quartiles, range. Tokens a round: tokens per forward of the target. Identical: texts that "
+    "are plain's, token for token."
+)
 _SPEED_NOTE = (
     "Speed: a question's tokens per second over plain `generate()`'s in the same run, setup and prefill included; "
     "median over questions, quartiles, range. Total time: plain's over the method's. tau: accepted drafts per round "

@@ -9,12 +9,11 @@ batches, can be read, not gone on with.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from ..whole_files import write_whole
 from .errors import BenchError
 from .summary import summarise
 
@@ -98,16 +97,7 @@ class ResultFile:
         self.content["summary"] = summarise(self.content["runs"], list(self.content["settings"]["methods"]))
         text = json.dumps(self.content, indent=1, allow_nan=False)
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle, scratch = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
-            try:
-                with os.fdopen(handle, "w", encoding="utf-8") as file:
-                    file.write(text + "\n")
-                os.chmod(scratch, 0o644)  # mkstemp's own is private
-                os.replace(scratch, self.path)
-            except BaseException:
-                Path(scratch).unlink(missing_ok=True)
-                raise
+            write_whole(self.path, text + "\n")
         except OSError as error:
             raise BenchError(f"The result file {self.path} cannot be written: {error.strerror}.") from error
 

@@ -23,6 +23,22 @@ def speed(named: Named) -> str:
     return _table(head, 2, rows)
 
 
+def brief(named: Named) -> str:
+    """Speed, tokens a round and agreement in one table, a row for each method but plain, whose speed is a column."""
+    head = ("run", "method", "plain tokens/s", "tokens/s", "speed", "quartiles", "range", "tokens a round", "identical")
+    rows = []
+    for name, result in named:
+        summary = result["summary"]
+        plain = f"{summary[BASELINE]['tokens_per_second']:.1f}" if BASELINE in summary else "-"
+        for label, own in summary.items():
+            if label != BASELINE:
+                shown = _speed(label, own)
+                same = f"{own['identical']} of {own['compared']}" if own["compared"] else "-"
+                rows.append((name, label, plain, *shown[:4], shown[6], same))
+        rows += [(name, label, plain, "did not run", *["-"] * 5) for label in result.get("failed", {})]
+    return _table(head, 2, rows)
+
+
 def _speed(label: str, figures: dict[str, Any]) -> Row:
     ratio, total = figures["speed_ratio"], figures["total_time_ratio"]
     speed = ["-"] * 4
@@ -49,7 +65,7 @@ def tasks(named: Named) -> str:
     if not rows:
         return ""
     head = ("run", "task", "method", "calls", "tokens/s", "speed", "tau", "with bonus", "alpha", "identical")
-    return _folded("By task", _table(head, 3, rows))
+    return folded("By task", _table(head, 3, rows))
 
 
 def by_category(result: Result) -> dict[str, dict[str, dict[str, Any]]]:
@@ -144,7 +160,7 @@ def gaps(named: Named) -> str:
         "Gap: plain's token's score minus the other's, by one forward on the text up to there. Unit: eps of the dtype "
         "times the score's magnitude; a gap of a few units is a tie that rounding decides. Sampled texts have no gap."
     )
-    return _folded("Every first difference", f"{_table(head, 2, rows)}\n\n{note}")
+    return folded("Every first difference", f"{_table(head, 2, rows)}\n\n{note}")
 
 
 def rounds(named: Named) -> str:
@@ -164,7 +180,8 @@ def _summaries(named: Named) -> list[tuple[str, str, dict[str, Any]]]:
     return [(name, label, own) for name, result in named for label, own in result["summary"].items()]
 
 
-def _folded(title: str, content: str) -> str:
+def folded(title: str, content: str) -> str:
+    """Shown when its title is clicked, on GitHub and the Hub."""
     return f"<details><summary>{title}</summary>\n\n{content}\n\n</details>"
 
 

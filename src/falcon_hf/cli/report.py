@@ -34,7 +34,7 @@ def report(
     check: Annotated[
         bool, typer.Option("--check", help="Write nothing; exit with 1 if the --update file differs.")
     ] = False,
-    brief: Annotated[bool, typer.Option("--brief", help="Only the tables of speed and agreement.")] = False,
+    brief: Annotated[bool, typer.Option("--brief", help="One table of speed and agreement.")] = False,
     plots: Annotated[Path | None, typer.Option(help="Draw the results into this folder, as PNG files.")] = None,
     sheet: Annotated[
         Path | None,

@@ -136,6 +136,9 @@ def train(
         refuse_options(command, {"cache", "cached_laws"}, "not with --features live, which keeps nothing")
     if fusion == "lstm" or rollout_passes == 1:
         refuse_options(command, {"rollout_share", "rollout_start"}, "needs --rollout-passes of 2 or more")
+    if init_from is not None:
+        shape = {"block_size", "fusion", "layers", "target_layers", "feature_layers"}
+        refuse_options(command, shape, "not with --init-from, which goes on with a drafter as it is")
     started = time.monotonic()
     where = _device(device)
     target_dtype, compute_dtype = parse_dtype(dtype, where), parse_dtype(compute, where, "--compute")
@@ -213,7 +216,10 @@ def train(
     except TrainingError as error:
         fail(str(error))
     except KeyboardInterrupt:
-        stderr.print(f"Stopped. Checkpoints are in {output / 'checkpoints'}; the same command with --resume goes on.")
+        kept = any((output / "checkpoints").glob("checkpoint-*"))
+        further = f"Checkpoints are in {output / 'checkpoints'}; the same command with --resume goes on."
+        nothing = "There is no checkpoint yet: the same command starts again, from the features that are kept."
+        stderr.print(f"Stopped. {further if kept else nothing}", soft_wrap=True)
         raise typer.Exit(130) from None
     end_process_group()
     stderr.print(f"{(time.monotonic() - started) / 60:.1f} minutes in all")
@@ -222,6 +228,9 @@ def train(
 def _device(name: str | None) -> torch.device:
     """As [`parse_device`]; under torchrun, each process has a GPU of its own unless one is named."""
     device, rank = parse_device(name), os.environ.get("LOCAL_RANK")
+    if device.type == "cuda" and device.index and rank is None:
+        # transformers' trainer takes the first one it sees.
+        fail(f"--device {name}: show that GPU alone instead, CUDA_VISIBLE_DEVICES={device.index}.")
     return torch.device("cuda", int(rank)) if name is None and device.type == "cuda" and rank is not None else device
 
 

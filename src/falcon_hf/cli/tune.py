@@ -20,6 +20,7 @@ from ..tuning.calibration import Calibration
 from ..tuning.choice import Prediction, choose
 from ..tuning.drafter_tree import write_drafter_tree
 from ..tuning.errors import TuningError
+from ..tuning.pictures import draw_sweep, draw_tree, need_matplotlib, save
 from .console import (
     AUTO,
     DTYPE_HELP,
@@ -126,6 +127,8 @@ def tune(
     """
     _refuse_ignored(command, simulated, cost_curves, check is not None, sweep)
     try:
+        if pictures is not None:
+            need_matplotlib()  # before anything is measured for them
         if simulated:
             simulate(shape, gpu, gpus, acceptance, mode, context, max_passes, max_nodes, output, pictures, as_json)
             return
@@ -156,12 +159,13 @@ def tune(
         sources = drafter or ([find_demo_drafter()] if target == DEMO else [])
         if not sources:
             raise TuningError("Name the target's drafter: --drafter FOLDER_OR_REPO.")
-        receiver = None if apply is None else _receiver(apply, sources)
+        receiver = None if apply is None else _receiver(apply, sources, dynamic)
         set_threads(threads)
         with quiet():
             model, tokenizer = load_target(target, parsed, where)
             set_attention(model, attention)
             asked = read_prompts(prompts, tokenizer, num_prompts)
+            wanted = asked if check_prompts is None else read_prompts(check_prompts, tokenizer, num_prompts)
             drafters = [_drafter(source, model) for source in sources]
             provenance = {
                 "versions": versions(),
@@ -175,19 +179,22 @@ def tune(
                 calibration = calibrate(model, drafters, asked.prompts, plan, provenance, _progress(not as_json))
                 calibration.write(output)
             found = choose(calibration.options(), max_passes, max_nodes)
-            best = next((prediction for prediction in found if prediction.shape is not None), None)
-            assert best is not None  # chains are always among the candidates
-            assert best.shape is not None
-            if apply is not None:
+            # The paper's trees are shown whatever their size, as rivals. Chains are always among the others.
+            fitting = [one for one in found if one.shape is not None and one.nodes <= max_nodes]
+            best = fitting[0]
+            if apply is not None and not dynamic:
                 # The best tree of this drafter: another one's ranks and k are not its own.
-                own = next(one for one in found if one.shape is not None and one.drafter == receiver)
+                own = next(one for one in fitting if one.drafter == receiver)
                 assert own.shape is not None
-                if not dynamic:
-                    write_drafter_tree(apply, own.shape)
+                write_drafter_tree(apply, own.shape)
             result = None
             if check is not None:
-                wanted = asked if check_prompts is None else read_prompts(check_prompts, tokenizer, num_prompts)
                 chosen = check_settings(calibration, best, plan, None if sweep else settings, dynamic)
+                if apply is not None and dynamic and all(one.drafter != receiver for one in chosen):
+                    raise TuningError(
+                        f"None of the {len(chosen)} settings to measure is one of {apply}, which is to get the fastest "
+                        "of its own: raise --settings, or give that --drafter alone."
+                    )
                 result = run_check(
                     check, output, calibration, model, drafters, wanted, chosen, max_new_tokens, check_repeats,
                     _progress(not as_json),
@@ -238,8 +245,6 @@ def _show(
 
 
 def _draw(folder: Path, calibration: Calibration, best: Prediction, sweep: dict[str, Any] | None) -> None:
-    from ..tuning.pictures import draw_sweep, draw_tree, save
-
     assert best.shape is not None
     option = next(option for option in calibration.options() if option.name == best.drafter)
     title = f"N = {best.nodes}, m = {best.passes}, k = {best.block_size}: {best.tokens:.2f} tokens a round"
@@ -250,14 +255,19 @@ def _draw(folder: Path, calibration: Calibration, best: Prediction, sweep: dict[
             save(draw_sweep(own), folder / f"sweep-{kind}")
 
 
-def _receiver(folder: Path, sources: list[str]) -> str:
+def _receiver(folder: Path, sources: list[str], dynamic: bool) -> str:
     """Which of the drafters lies in the folder of ``--apply``.
 
     Raises:
-        TuningError: if none does.
+        TuningError: if none does, or it cannot have what may be applied, a dynamic tree.
     """
     if not (folder / "config.json").is_file():
         raise TuningError(f"--apply {folder} is no drafter's folder.")
+    if dynamic and _verifier(folder) == "rejection":
+        raise TuningError(
+            f"The drafter in {folder} has the verifier 'rejection', which takes no dynamic tree when sampling: set "
+            '"verifier": "follow" in its config.json, or leave out --dynamic.'
+        )
     for source in sources:
         if Path(source).is_dir() and Path(source).resolve() == folder.resolve():
             return source
@@ -265,6 +275,13 @@ def _receiver(folder: Path, sources: list[str]) -> str:
         f"--apply {folder} is none of the drafters measured ({', '.join(sources)}): a tree fits the drafter it was "
         "found for. Give its folder with --drafter."
     )
+
+
+def _verifier(folder: Path) -> Any:
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("verifier")
+    except (OSError, ValueError, AttributeError):
+        return None  # loading the drafter says what is wrong
 
 
 def _drafter(source: str, target: Any) -> NamedDrafter:

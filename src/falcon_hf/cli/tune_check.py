@@ -29,7 +29,7 @@ def check_settings(
     if count is not None:
         chosen = spread_settings(options, count, plan.passes, plan.nodes)
     else:
-        sizes = [size for size in SWEEP_NODES if size <= plan.nodes]
+        sizes = [size for size in SWEEP_NODES if size <= plan.nodes] or [plan.nodes]
         # The automatic choice is none of the sweep's sizes: it is measured beside them.
         chosen = [replace(best, kind="chosen"), *sweep_settings(options, range(1, plan.passes + 1), sizes)]
     return chosen + [calibration.dynamic(one) for one in chosen if dynamic and one.kind in ("tuned", "chosen")]

@@ -50,13 +50,18 @@ def check_table(result: dict[str, Any]) -> None:
             ("tokens_per_second", 1, 1),
         ):
             cells += [f"{factor * own[name]:.{digits}f}" for own in (predicted, measured)]
-        rows.append([*cells, _share(entry["error"]), f"{measured['speedup']:.2f}x"])
-    show_table("Predicted against measured, prefill left out", [*columns, "error", "speedup"], rows)
-    summary = result["summary"]
+        speedups = [f"{own['speedup']:.2f}x" for own in (predicted, measured)]
+        rows.append([*cells, _share(entry["error"]), *speedups, _share(entry["speedup_error"])])
+    columns += ["error", "speedup pred.", "speedup meas.", "error"]
+    show_table("Predicted against measured, prefill left out", columns, rows)
+    summary, plain = result["summary"], result["plain"]
+    static = [entry for entry in result["settings"] if entry["error"] is not None]
     stdout.print(
         f"Error of predicted tokens/s: median {_share(summary['median_error'])}, largest "
-        f"{_share(summary['largest_error'])}, "
-        f"over {summary['settings']} settings and {summary['calls']} calls each.",
+        f"{_share(summary['largest_error'])}; of predicted speedups: median {_share(summary['median_speedup_error'])}, "
+        f"largest {_share(summary['largest_speedup_error'])}; over {len(static)} settings and {summary['calls']} calls "
+        f"each. Plain decoding: {plain['predicted']['tokens_per_second']:.1f} tokens/s when calibrated, "
+        f"{plain['measured']['tokens_per_second']:.1f} now.",
         soft_wrap=True,
     )
     for task, best in [("all", summary["best"]), *summary["best_by_task"].items()]:

@@ -144,7 +144,8 @@ def _switch(drafter: FalconDrafter, target: PreTrainedModel, rows: int) -> Specu
     """Auto-off's memory, which outlives a call: many short texts are one long one to it."""
     if not drafter.config.auto_off:
         return SpeculationSwitch(False)
-    return drafter.switches.setdefault((id(target), rows, str(drafter.config.tree)), SpeculationSwitch(True))
+    kind = f"{drafter.config.tree} {drafter.config.lookup} {target.device} {target.dtype}"
+    return drafter.switches.setdefault((id(target), rows, kind), SpeculationSwitch(True))
 
 
 def chain_shape(drafter: FalconDrafter, target: PreTrainedModel) -> TreeShape | None:

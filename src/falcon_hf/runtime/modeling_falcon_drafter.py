@@ -54,7 +54,7 @@ class FalconDrafter(PreTrainedModel):
         draft_vocab_ids: buffer ``[draft_vocab_size]``, ascending ids of the reduced draft vocabulary, or None.
         last_generation: statistics of the last finished call of ``generate()`` with this drafter, None before it.
         on_round: called after each round with its tree and the visited nodes of each row, root first; None for nothing.
-        switches: what ``auto_off`` has learned, by target, number of rows and tree.
+        switches: what ``auto_off`` has learned, by target, number of rows, and kind of tree and device.
     """
 
     config_class = FalconDrafterConfig

@@ -4,6 +4,8 @@ No training, and no index to keep: each round compares the last M tokens with ev
 operations of fixed shape without a device sync. That is M comparisons a token of text, against the thousands that
 the target's attention makes for it; an index on the host would need every round's tokens there, at a sync.
 
+Where the text ends before the chain does, the chain goes on with itself: text of a period p repeats its last p tokens.
+
 The chain found is joined into a dynamic tree by [`Growth.join`], where it has to beat the drafter's own nodes by its
 chance of acceptance, which grows with the length of the match. ``tests/runtime/test_suffix_lookup.py`` holds the search
 against brute force.
@@ -12,7 +14,8 @@ against brute force.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +47,8 @@ class SuffixLookup:
             ValueError: on an unknown or impossible field; the message names it.
         """
         known = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(entry, Mapping):
+            raise ValueError(f"lookup must be None or fields such as {{}} or {{'length': 8}}, got {entry!r}.")
         for name in entry:
             if name not in known:
                 raise ValueError(f"lookup has no field {name!r}; it has {', '.join(known)}.")
@@ -53,9 +58,10 @@ class SuffixLookup:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
         fields = dict(entry)
         if "acceptance" in fields:
-            fields["acceptance"] = tuple(fields["acceptance"])
-            if not fields["acceptance"] or not all(0 < chance <= 1 for chance in fields["acceptance"]):
-                raise ValueError(f"acceptance must be one or more chances above 0, got {entry['acceptance']}.")
+            chances = entry["acceptance"]
+            if not isinstance(chances, Sequence) or not chances or not all(map(_is_chance, chances)):
+                raise ValueError(f"acceptance must be a list of one or more chances above 0, got {chances!r}.")
+            fields["acceptance"] = tuple(chances)
         return cls(**fields)
 
     def propose(self, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,7 +72,7 @@ class SuffixLookup:
 
         Returns:
             Tokens ``[B, length]`` of a chain behind the text, and the log chances ``[B, length]`` that the text goes on
-            along it that far; -inf where there is no match, or no more text behind it.
+            along it that far; -inf where there is no match.
         """
         size, longest = text.shape[1], self.min_match + len(self.acceptance) - 1
         windows = F.pad(text, (longest - 1, 0), value=-1).unfold(1, longest, 1)  # [B, T, M], each place's last M tokens
@@ -76,11 +82,22 @@ class SuffixLookup:
         # The longest, of those the latest; the end itself does not count.
         rank = torch.where(places < size - 1, matches * size + places, -1)
         best = rank.argmax(-1, keepdim=True)
-        ahead = best + 1 + torch.arange(self.length, device=text.device)
-        tokens = text.gather(1, ahead.clamp_max(size - 1))
+        steps = torch.arange(self.length, device=text.device)
+        period = (size - 1 - best).clamp_min(1)
+        tokens = text.gather(1, (best + 1 + steps % period).clamp_max(size - 1))
         # Each accepted token makes the match one longer.
-        match = matches.gather(1, best) + torch.arange(self.length, device=text.device)
-        table = torch.tensor(self.acceptance, device=text.device).log()
+        match = matches.gather(1, best) + steps
+        table = _log_table(self.acceptance, text.device)
         chances = table[(match - self.min_match).clamp(0, len(self.acceptance) - 1)].cumsum(1)
-        found = (match[:, :1] >= self.min_match) & (ahead < size)
-        return tokens, torch.where(found, chances, -torch.inf)
+        return tokens, torch.where(match[:, :1] >= self.min_match, chances, -torch.inf)
+
+
+@functools.lru_cache(maxsize=64)
+def _log_table(chances: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Made once: copying it to a device would wait for the device in each round."""
+    with torch.inference_mode(False):
+        return torch.tensor(chances, device=device).log()
+
+
+def _is_chance(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1

@@ -47,7 +47,7 @@ class FalconTrainingArguments(TrainingArguments):
     first_pass_share: float = field(
         default=1.0,
         metadata={
-            "help": "Share of a device's rows whose Hamming distance is taken, rounded to 1/n, at least one row; "
+            "help": "Share of the batch's rows whose Hamming distance is taken, rounded to 1/n, at least one row; "
             "the others get those rows' error rate."
         },
     )

@@ -88,6 +88,8 @@ def load_training_data(path: str | Path, vocab_size: int, max_length: int) -> Tr
     if path.is_dir():
         tokens, mask, offsets = _read_folder(path)
     elif path.is_file():
+        if path.suffix not in (".jsonl", ".json", ".gz"):
+            raise TrainingError(f"{path} is neither .jsonl nor .jsonl.gz, nor a folder of a saved datasets.Dataset.")
         tokens, mask, offsets = _read_lines(path)
     else:
         raise TrainingError(f"There is no training data at {path}; make some with `falcon-hf distill`.")

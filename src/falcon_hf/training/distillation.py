@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from ..runtime.target import fingerprint
 from ..version import __version__
+from ..whole_files import write_whole
 from .batched_generation import Sampler, generate_texts, greedy
 from .errors import DistillationError
 from .features import held_digest
@@ -294,7 +295,7 @@ def _check_recipe(output: Path, recipe: dict[str, Any]) -> None:
             )
     elif (output / DIALOGUES).exists():
         raise DistillationError(f"{output} holds dialogues without a {RECIPE}: choose another --output.")
-    path.write_text(json.dumps(recipe, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(recipe, indent=2, ensure_ascii=False) + "\n")
 
 
 def _digest(turns: list[str]) -> dict[str, Any]:

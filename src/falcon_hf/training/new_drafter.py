@@ -71,7 +71,10 @@ def make_drafter(
         f"embeddings times {scale:g} (features are of size {feature_size:.3g}, embeddings {embedding_size:.3g})"
     )
     if config.draft_vocab_size is not None:
-        ids = choose_draft_vocabulary(train, config.draft_vocab_size, vocab_size, control_tokens(target, tokenizer))
+        try:
+            ids = choose_draft_vocabulary(train, config.draft_vocab_size, vocab_size, control_tokens(target, tokenizer))
+        except ValueError as error:
+            raise TrainingError(str(error)) from error
         assert drafter.draft_vocab_ids is not None
         drafter.draft_vocab_ids.copy_(torch.from_numpy(ids))
         shares = [f"{coverage(part, ids, vocab_size):.1%}" for part in (train, held_out) if len(part)]

@@ -19,6 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from ..runtime.modeling_falcon_drafter import FalconDrafter
 from ..runtime.target import head_weight
+from ..whole_files import write_whole
 from .allocator import keep_freed_memory
 from .arguments import FalconTrainingArguments
 from .batches import DialogueDataset
@@ -147,7 +148,7 @@ def train_drafter(
             provenance=(provenance or {}) | ({"started_from": started_from} if started_from else {}),
         )
         with _disk_errors(checkpoints):
-            (plan.output / "recipe.json").write_text(json.dumps(recipe, indent=2), encoding="utf-8")
+            write_whole(plan.output / "recipe.json", json.dumps(recipe, indent=2))
         say(f"saved to {plan.output}")
     return drafter
 
@@ -189,7 +190,7 @@ def _law_head(drafter: FalconDrafter, target: PreTrainedModel, args: FalconTrain
 
 
 def _with_lora(drafter: FalconDrafter, rank: int) -> Any:
-    """A peft model whose low-rank additions sit on every matrix of the decoder layers and the fusion."""
+    """A peft model whose low-rank additions sit on every matrix of the decoder layers and of a linear fusion."""
     from peft import LoraConfig, get_peft_model
 
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -65,6 +65,10 @@ class TrainingPlan:
             raise TrainingError(f"save_dtype must be one of {', '.join(SAVED_DTYPES)}, got {self.save_dtype!r}.")
         if self.lora_rank and self.init_from is None:
             raise TrainingError("lora_rank adapts a trained drafter: name it as init_from.")
+        if self.lora_rank and "correction_rank" in self.config:
+            raise TrainingError(
+                "lora_rank would leave the new correction untrained: train that first, without lora_rank."
+            )
         if self.init_from is not None and (given := self._shape_given()):
             raise TrainingError(
                 f"init_from goes on with {self.init_from} as it is, and cannot change its {', '.join(given)}: leave "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,16 +94,22 @@ def read_turns(source: str, column: str | None = None, split: str = "train") -> 
 
 
 def first_user_turn(value: Any) -> str:
-    """The first user turn of a cell: text, a list of texts, OpenAI's or ShareGPT's messages; empty if none."""
+    """The first user turn of a cell: text, a list of texts, one or several of OpenAI's or ShareGPT's messages.
+
+    Empty if there is none, or it is no text: of a message in parts those of text count.
+    """
     if isinstance(value, str):
         return value.strip()
-    for message in value or []:
+    messages = [value] if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else []
+    for message in messages:
         if isinstance(message, str):
             return message.strip()
-        role = message.get("role") or message.get("from")
-        text = message.get("content") or message.get("value")
-        if role in {"user", "human"} and isinstance(text, str):
-            return text.strip()
+        if not isinstance(message, Mapping) or (message.get("role") or message.get("from")) not in {"user", "human"}:
+            continue
+        content = message.get("content") or message.get("value")
+        parts = content if isinstance(content, (list, tuple)) else [{"text": content}]
+        texts = [part.get("text") for part in parts if isinstance(part, Mapping)]
+        return "\n".join(text for text in texts if isinstance(text, str)).strip()
     return ""
 
 

@@ -10,6 +10,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..runtime.modeling_falcon_drafter import FalconDrafter
+from ..whole_files import write_whole
 from .errors import TrainingError
 
 # Fields of the drafter's config that training does not look at, so that a resume may change them.
@@ -39,8 +40,10 @@ def refuse_drafter(folder: Path) -> None:
     """See that no finished drafter would be overwritten, with what its recipe and card say.
 
     Raises:
-        TrainingError: one is there.
+        TrainingError: one is there, or a file.
     """
+    if folder.exists() and not folder.is_dir():
+        raise TrainingError(f"{folder} is no folder: name another output folder.")
     if (folder / "config.json").is_file():
         raise TrainingError(f"{folder} holds a drafter already: name another output folder, or move it away.")
 
@@ -61,8 +64,10 @@ def check_resume(folder: Path, checkpoint: str | None, drafter: FalconDrafter, s
     shape = {name: value for name, value in drafter.config.to_dict().items() if name not in _FREE_FIELDS}
     now = json.loads(json.dumps({**same, **shape}))
     if checkpoint is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps(now), encoding="utf-8")
+        try:
+            write_whole(note, json.dumps(now))
+        except OSError as error:
+            raise TrainingError(f"{note} cannot be written ({error.strerror}): name another output folder.") from error
         return
     before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else now
     # A field that is not noted there did not exist, or was not noted, when that training began.

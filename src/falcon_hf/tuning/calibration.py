@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..whole_files import write_whole
 from .acceptance import RankRecord
 from .choice import Option, Prediction
 from .confidence import ConfidenceTables
@@ -258,12 +258,7 @@ def write_json(path: Path, value: dict[str, Any], indent: int | None = None) -> 
         TuningError: if it cannot be written.
     """
     text = json.dumps(value, allow_nan=False, indent=indent, separators=None if indent else (",", ":"))
-    scratch = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(text + "\n", encoding="utf-8")
-        os.replace(scratch, path)
+        write_whole(path, text + "\n")
     except OSError as error:
         raise TuningError(f"{path} cannot be written: {error.strerror}.") from error
-    finally:
-        scratch.unlink(missing_ok=True)

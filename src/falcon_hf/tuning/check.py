@@ -85,7 +85,8 @@ def spread_settings(options: Sequence[Option], count: int, max_passes: int, max_
     """
     if count < 1:
         raise TuningError("Ask for at least one setting.")
-    ranked = [prediction for prediction in choose(options, max_passes, max_nodes) if prediction.shape is not None]
+    every = choose(options, max_passes, max_nodes)
+    ranked = [prediction for prediction in every if prediction.shape is not None and prediction.nodes <= max_nodes]
     found = [ranked[0]]
     for option in options:
         k = option.model.block_size
@@ -165,10 +166,11 @@ def measure(
 def compare(calibration: Calibration, settings: Sequence[Prediction], turns: Sequence[Turn]) -> dict[str, Any]:
     """Predictions beside what the ``turns`` measured; JSON values.
 
-    ``error`` is |predicted - measured| / measured tokens per second; None for a dynamic tree, whose prediction is that
-    of a static one of its size. ``quartiles`` are of the speedups prompt by prompt, of those where both have a speed.
-    ``best_by_task`` says, for each task that has a speed, which setting was fastest and how far the predicted best one
-    is from it.
+    ``error`` is |predicted - measured| / measured tokens per second, ``speedup_error`` the same of the speedup over
+    plain decoding, in which a machine that is slower as a whole than when it was calibrated does not show; both
+    None for a dynamic tree, whose prediction is that of a static one of its size. ``quartiles`` are of the speedups
+    prompt by prompt, of those where both have a speed. ``best_by_task`` says, for each task that has a speed, which
+    setting was fastest and how far the predicted best one is from it.
 
     Raises:
         TuningError: if no answer is long enough to have a speed.
@@ -201,14 +203,17 @@ def compare(calibration: Calibration, settings: Sequence[Prediction], turns: Seq
                     "tokens_per_round": own.tokens_per_round,
                     "round_seconds": own.seconds / own.rounds if own.rounds else 0.0,
                     "tokens_per_second": own.tokens_per_second,
-                    "speedup": own.tokens_per_second / plain.tokens_per_second,
+                    "speedup": _speedup(totals, index),
                     "quartiles": _quartiles(turns, index),
                 },
                 "by_task": {task: _speedup(measured[task], index) for task in timed},
-                "error": None if setting.dynamic else abs(setting.tokens_per_second / own.tokens_per_second - 1),
+                "error": None if setting.dynamic else _error(setting.tokens_per_second, own.tokens_per_second),
+                "speedup_error": None if setting.dynamic else _error(setting.speedup, _speedup(totals, index)),
             }
         )
-    errors = [entry["error"] for entry in entries if entry["error"] is not None]
+    errors, speedup_errors = (
+        [entry[name] for entry in entries if entry[name] is not None] for name in ("error", "speedup_error")
+    )
     best = max(range(len(entries)), key=lambda index: entries[index]["predicted"]["tokens_per_second"])
     return {
         "provenance": calibration.provenance,
@@ -222,6 +227,8 @@ def compare(calibration: Calibration, settings: Sequence[Prediction], turns: Seq
             "calls": totals[0].calls,
             "median_error": statistics.median(errors) if errors else None,
             "largest_error": max(errors, default=None),
+            "median_speedup_error": statistics.median(speedup_errors) if speedup_errors else None,
+            "largest_speedup_error": max(speedup_errors, default=None),
             "predicted_best": best,
             "best_by_task": {task: _best(entries, best, task) for task in timed},
             "best": _best(entries, best, None),
@@ -236,6 +243,10 @@ def _sums(turns: Sequence[Turn]) -> list[Measurement]:
 
 def _speedup(calls: Sequence[Measurement], index: int) -> float:
     return calls[index].tokens_per_second / calls[0].tokens_per_second
+
+
+def _error(predicted: float, measured: float) -> float:
+    return abs(predicted / measured - 1)
 
 
 def _quartiles(turns: Sequence[Turn], index: int) -> list[float]:

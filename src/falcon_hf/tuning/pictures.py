@@ -17,13 +17,21 @@ from .errors import TuningError
 _MOST_LABELS = 40
 
 
-def _figure(width: float, height: float) -> Any:
-    """A figure that no global state knows: importing this module draws nothing and needs no display."""
+def need_matplotlib() -> Any:
+    """The class ``Figure``: one that no global state knows, so that drawing needs no display.
+
+    Raises:
+        TuningError: if matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise TuningError("Pictures need matplotlib: pip install 'falcon_hf[tune]'.") from error
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure
+
+
+def _figure(width: float, height: float) -> Any:
+    return need_matplotlib()(figsize=(width, height), layout="constrained")
 
 
 def save(figure: Any, path: Path) -> list[Path]:

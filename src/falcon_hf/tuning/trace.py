@@ -66,6 +66,7 @@ class GenerationTrace:
     def __init__(self, drafter: FalconDrafter) -> None:
         self.drafter = drafter
         self.rounds: list[TracedRound] = []
+        self._before: Any = None
 
     def __enter__(self) -> GenerationTrace:
         """Start to record.
@@ -86,6 +87,8 @@ class GenerationTrace:
         self.drafter.on_round = None
 
     def _record(self, tree: DraftTree, paths: list[list[int]]) -> None:
+        if self.drafter.last_generation is not self._before:  # a call has ended since: these rounds are another's
+            self.rounds, self._before = [], self.drafter.last_generation
         tokens: list[list[int]] = tree.tokens.tolist()
         self.rounds.append(TracedRound(tokens, tree.parents.tolist(), [list(path) for path in paths]))
 
@@ -112,12 +115,17 @@ class GenerationTrace:
         found = [Segment(0, "prompt", tuple(text[:start])), Segment(0, "target", (text[start],))]
         at = start + 1
         for number, one in own:
-            path, tokens = one.paths[row], one.tokens[row]
+            path, tokens, parents = one.paths[row], one.tokens[row], one.parents[row]
             accepted = tuple(tokens[node] for node in path[1:])
-            rejected = tuple(tokens[node] for node in _likeliest_below(one.parents[row], path[-1]))
             at += len(path)
+            last = text[at - 1]
+            if last in (tokens[node] for node, parent in enumerate(parents) if parent == path[-1]):
+                # The text ended here, with a token that was drafted.
+                found.append(Segment(number, "accepted", (*accepted, last)))
+                continue
+            rejected = tuple(tokens[node] for node in _likeliest_below(parents, path[-1]))
             found += [Segment(number, "accepted", accepted), Segment(number, "rejected", rejected)]
-            found.append(Segment(number, "target", (text[at - 1],)))
+            found.append(Segment(number, "target", (last,)))
         assert at == start + emitted
         return [segment for segment in found if segment.tokens]
 

@@ -1,0 +1,34 @@
+"""Files are written whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from falcon_hf.whole_files import write_whole
+
+
+def test_a_new_file_and_its_folder(tmp_path: Path) -> None:
+    write_whole(tmp_path / "a" / "b.json", "é\n")
+    assert (tmp_path / "a" / "b.json").read_text(encoding="utf-8") == "é\n"
+    assert (tmp_path / "a" / "b.json").stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("broken", ["fdopen", "replace"], ids=["while writing", "when it is put in place"])
+def test_on_a_full_disk_the_old_one_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+    write_whole(tmp_path / "a", "old")
+
+    def full(*given: object, **named: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, broken, full)
+        with pytest.raises(OSError, match="No space"):
+            write_whole(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [tmp_path / "a"]
+    write_whole(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "new"
