@@ -8,18 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch._inductor.decomposition import select_decomp_table
-from torch.fx.experimental.proxy_tensor import make_fx
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
     """Normal numbers of their own generator."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def as_compilers_see_it(function: Any, *inputs: torch.Tensor) -> Any:
-    """The graph as it is when torch's compiler makes code of it; ``function`` takes exactly these inputs."""
-    return make_fx(function, select_decomp_table(), tracing_mode="fake")(*inputs)
 
 
 def prompt_ids(vocab_size: int, length: int, seed: int = 5) -> torch.Tensor:

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from falcon_hf.runtime.few_row_graphs import turn_products
 
-from .helpers import as_compilers_see_it, drawn
+from .graphs import as_compilers_see_it
+from .helpers import drawn
 
 
 def layer(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

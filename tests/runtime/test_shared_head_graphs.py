@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from falcon_hf.runtime import shared_head_graphs
 from falcon_hf.runtime.shared_head_graphs import kernel_shares_heads, share_heads
 
-from .helpers import as_compilers_see_it, drawn
+from .graphs import as_compilers_see_it
+from .helpers import drawn
 
 
 def repeated(x: torch.Tensor, times: int) -> torch.Tensor:

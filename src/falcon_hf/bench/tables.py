@@ -33,8 +33,7 @@ def brief(named: Named) -> str:
         for label, own in summary.items():
             if label != BASELINE:
                 shown = _speed(label, own)
-                same = f"{own['identical']} of {own['compared']}" if own["compared"] else "-"
-                rows.append((name, label, plain, *shown[:4], shown[6], same))
+                rows.append((name, label, plain, *shown[:4], shown[6], _same(own)))
         rows += [(name, label, plain, "did not run", *["-"] * 5) for label in result.get("failed", {})]
     return _table(head, 2, rows)
 
@@ -53,6 +52,10 @@ def _speed(label: str, figures: dict[str, Any]) -> Row:
     return (f"{figures['tokens_per_second']:.1f}", *speed, *acceptance)
 
 
+def _same(figures: dict[str, Any]) -> str:
+    return f"{figures['identical']} of {figures['compared']}" if figures["compared"] else "-"
+
+
 def tasks(named: Named) -> str:
     """Speed, acceptance and agreement of each category of questions, folded away; empty if no run has two."""
     rows = []
@@ -60,8 +63,7 @@ def tasks(named: Named) -> str:
         for category, figures in by_category(result).items():
             for label, own in figures.items():
                 shown = _speed(label, own)
-                same = f"{own['identical']} of {own['compared']}" if own["compared"] else "-"
-                rows.append((name, category, label, str(own["calls"]), shown[0], shown[1], *shown[5:], same))
+                rows.append((name, category, label, str(own["calls"]), shown[0], shown[1], *shown[5:], _same(own)))
     if not rows:
         return ""
     head = ("run", "task", "method", "calls", "tokens/s", "speed", "tau", "with bonus", "alpha", "identical")
@@ -135,8 +137,7 @@ def agreement(named: Named) -> str:
     for name, label, own in _summaries(named):
         if own["compared"]:
             numbers = (own["median_gap"], own["largest_gap"], own["median_gap_units"], own["largest_gap_units"])
-            identical = f"{own['identical']} of {own['compared']}"
-            rows.append((name, label, identical, *(_number(number) for number in numbers)))
+            rows.append((name, label, _same(own), *(_number(number) for number in numbers)))
     head = ("run", "method", "identical", "median gap", "largest gap", "median, in units", "largest, in units")
     return _table(head, 2, rows) if rows else ""
 

@@ -128,6 +128,7 @@ def train(
         from ..training.pipeline import default_learning_rate, train_drafter
         from ..training.plan import TrainingPlan
         from ..training.process_group import end_process_group
+        from ..training.resuming import newest_checkpoint
     except ImportError as error:
         fail(f"Training needs further packages ({error}): pip install 'falcon_hf[train]'.")
     if steps is not None:
@@ -216,7 +217,7 @@ def train(
     except TrainingError as error:
         fail(str(error))
     except KeyboardInterrupt:
-        kept = any((output / "checkpoints").glob("checkpoint-*"))
+        kept = newest_checkpoint(output / "checkpoints") is not None
         further = f"Checkpoints are in {output / 'checkpoints'}; the same command with --resume goes on."
         nothing = "There is no checkpoint yet: the same command starts again, from the features that are kept."
         stderr.print(f"Stopped. {further if kept else nothing}", soft_wrap=True)

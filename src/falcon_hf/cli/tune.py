@@ -17,7 +17,7 @@ from ..bench.result_file import first_setting_that_differs
 from ..drafter_loading import DrafterError, drafter_folder
 from ..tuning.calibrate import CalibrationPlan, NamedDrafter, calibrate
 from ..tuning.calibration import Calibration
-from ..tuning.choice import Prediction, choose
+from ..tuning.choice import Prediction, choose, fitting
 from ..tuning.drafter_tree import write_drafter_tree
 from ..tuning.errors import TuningError
 from ..tuning.pictures import draw_sweep, draw_tree, need_matplotlib, save
@@ -159,7 +159,7 @@ def tune(
         sources = drafter or ([find_demo_drafter()] if target == DEMO else [])
         if not sources:
             raise TuningError("Name the target's drafter: --drafter FOLDER_OR_REPO.")
-        receiver = None if apply is None else _receiver(apply, sources, dynamic)
+        receiver = None if apply is None else _receiver(apply, sources)
         set_threads(threads)
         with quiet():
             model, tokenizer = load_target(target, parsed, where)
@@ -167,6 +167,8 @@ def tune(
             asked = read_prompts(prompts, tokenizer, num_prompts)
             wanted = asked if check_prompts is None else read_prompts(check_prompts, tokenizer, num_prompts)
             drafters = [_drafter(source, model) for source in sources]
+            if dynamic:
+                _refuse_rejection(drafters, receiver)
             provenance = {
                 "versions": versions(),
                 "machine": machine(model.device),
@@ -179,12 +181,11 @@ def tune(
                 calibration = calibrate(model, drafters, asked.prompts, plan, provenance, _progress(not as_json))
                 calibration.write(output)
             found = choose(calibration.options(), max_passes, max_nodes)
-            # The paper's trees are shown whatever their size, as rivals. Chains are always among the others.
-            fitting = [one for one in found if one.shape is not None and one.nodes <= max_nodes]
-            best = fitting[0]
+            ranked = fitting(found, max_nodes)
+            best = ranked[0]
             if apply is not None and not dynamic:
                 # The best tree of this drafter: another one's ranks and k are not its own.
-                own = next(one for one in fitting if one.drafter == receiver)
+                own = next(one for one in ranked if one.drafter == receiver)
                 assert own.shape is not None
                 write_drafter_tree(apply, own.shape)
             result = None
@@ -255,19 +256,14 @@ def _draw(folder: Path, calibration: Calibration, best: Prediction, sweep: dict[
             save(draw_sweep(own), folder / f"sweep-{kind}")
 
 
-def _receiver(folder: Path, sources: list[str], dynamic: bool) -> str:
+def _receiver(folder: Path, sources: list[str]) -> str:
     """Which of the drafters lies in the folder of ``--apply``.
 
     Raises:
-        TuningError: if none does, or it cannot have what may be applied, a dynamic tree.
+        TuningError: if none does.
     """
     if not (folder / "config.json").is_file():
         raise TuningError(f"--apply {folder} is no drafter's folder.")
-    if dynamic and _verifier(folder) == "rejection":
-        raise TuningError(
-            f"The drafter in {folder} has the verifier 'rejection', which takes no dynamic tree when sampling: set "
-            '"verifier": "follow" in its config.json, or leave out --dynamic.'
-        )
     for source in sources:
         if Path(source).is_dir() and Path(source).resolve() == folder.resolve():
             return source
@@ -277,11 +273,18 @@ def _receiver(folder: Path, sources: list[str], dynamic: bool) -> str:
     )
 
 
-def _verifier(folder: Path) -> Any:
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("verifier")
-    except (OSError, ValueError, AttributeError):
-        return None  # loading the drafter says what is wrong
+def _refuse_rejection(drafters: list[NamedDrafter], receiver: str | None) -> None:
+    """See that the drafter that may get a dynamic tree could sample with it.
+
+    Raises:
+        TuningError: if it could not.
+    """
+    for named in drafters:
+        if named.name == receiver and named.drafter.config.verifier == "rejection":
+            raise TuningError(
+                f"The drafter in {receiver} has the verifier 'rejection', which takes no dynamic tree when sampling: "
+                'set "verifier": "follow" in its config.json, or leave out --dynamic.'
+            )
 
 
 def _drafter(source: str, target: Any) -> NamedDrafter:

@@ -20,15 +20,20 @@ _FREE_FIELDS = frozenset(
 )
 
 
+def newest_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint; one whose saving broke off lacks what is written last."""
+    steps = {path: path.name.rpartition("-")[2] for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    whole = [path for path, step in steps.items() if step.isdigit() and (path / TRAINER_STATE_NAME).is_file()]
+    return str(max(whole, key=lambda path: int(steps[path]))) if whole else None
+
+
 def last_checkpoint(folder: Path, resume: bool) -> str | None:
-    """The newest whole checkpoint, to go on from; one whose saving broke off lacks what is written last.
+    """The newest whole checkpoint, to go on from.
 
     Raises:
         TrainingError: one is there and nobody said whether to go on, or none is.
     """
-    steps = {path: path.name.rpartition("-")[2] for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
-    whole = [path for path, step in steps.items() if step.isdigit() and (path / TRAINER_STATE_NAME).is_file()]
-    found = str(max(whole, key=lambda path: int(steps[path]))) if whole else None
+    found = newest_checkpoint(folder)
     if resume and found is None:
         raise TrainingError(f"There is no checkpoint in {folder} to resume from.")
     if found is not None and not resume:

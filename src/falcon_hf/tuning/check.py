@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..runtime.tree_shape import TreeShape, chain
 from .calibrate import NamedDrafter, Prompt
 from .calibration import Calibration
-from .choice import Option, Prediction, choose, grid, predict
+from .choice import Option, Prediction, choose, fitting, grid, predict
 from .cost_measurement import plain_decoding
 from .errors import TuningError
 from .whole_calls import generate_with
@@ -85,8 +85,7 @@ def spread_settings(options: Sequence[Option], count: int, max_passes: int, max_
     """
     if count < 1:
         raise TuningError("Ask for at least one setting.")
-    every = choose(options, max_passes, max_nodes)
-    ranked = [prediction for prediction in every if prediction.shape is not None and prediction.nodes <= max_nodes]
+    ranked = fitting(choose(options, max_passes, max_nodes), max_nodes)
     found = [ranked[0]]
     for option in options:
         k = option.model.block_size

@@ -170,6 +170,11 @@ def choose(options: Iterable[Option], max_passes: int = 4, max_nodes: int = 64) 
     return sorted(found, key=lambda prediction: -prediction.tokens_per_second)
 
 
+def fitting(found: Iterable[Prediction], max_nodes: int) -> list[Prediction]:
+    """Those with a tree of ``max_nodes`` at most, as a drafter may be given: the paper's may be larger. Never empty."""
+    return [prediction for prediction in found if prediction.shape is not None and prediction.nodes <= max_nodes]
+
+
 def grid(option: Option, passes: Sequence[int], nodes: Sequence[int]) -> list[Prediction]:
     """The best tree that takes exactly m passes and N nodes, for each m and N: the settings of a sweep, in that order.
 
