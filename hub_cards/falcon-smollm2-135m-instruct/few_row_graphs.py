@@ -27,18 +27,13 @@ def turn_products(graph: fx.Graph) -> int:
         graph: of aten operations, each with its (fake) value in ``meta["val"]``; ``x [R, I]``, ``W [O, I]``.
     """
     found = 0
-    for node in list(graph.nodes):
-        if node.op != "call_function" or node.target not in (_ops.mm.default, _ops.addmm.default) or node.kwargs:
-            continue
-        *bias, x, turned = node.args
-        if not _has_few_rows(x) or not _is_turned(turned):
-            continue
+    for node, x, weight, bias in few_row_products(graph, (torch.float32,), fewest=2):
         rows = x.meta["val"].shape[0]
         with graph.inserting_before(node):
             spare = PADDED_ROWS.get(rows, rows) - rows if isinstance(rows, int) else 0
             if spare:
                 x = _call(graph, _ops.constant_pad_nd.default, x, [0, 0, 0, spare])
-            product = _call(graph, _ops.mm.default, turned.args[0], _call(graph, _ops.permute.default, x, [1, 0]))
+            product = _call(graph, _ops.mm.default, weight, _call(graph, _ops.permute.default, x, [1, 0]))
             if spare:
                 product = _call(graph, _ops.slice.Tensor, product, 1, 0, rows)
             result = _call(graph, _ops.permute.default, product, [1, 0])
@@ -50,12 +45,26 @@ def turn_products(graph: fx.Graph) -> int:
     return found
 
 
-def _has_few_rows(x: Any) -> bool:
+def few_row_products(
+    graph: fx.Graph, dtypes: tuple[torch.dtype, ...], fewest: int = 1
+) -> list[tuple[fx.Node, Any, Any, list[Any]]]:
+    """The graph's products of few rows with a whole W^T on a CPU: node, x, W, and the bias or nothing."""
+    found = []
+    for node in graph.nodes:
+        if node.op != "call_function" or node.target not in (_ops.mm.default, _ops.addmm.default) or node.kwargs:
+            continue
+        *bias, x, turned = node.args
+        if _has_few_rows(x, dtypes, fewest) and _is_turned(turned):
+            found.append((node, x, turned.args[0], bias))
+    return found
+
+
+def _has_few_rows(x: Any, dtypes: tuple[torch.dtype, ...], fewest: int) -> bool:
     value = x.meta["val"]
     rows = value.shape[0]
     if not isinstance(rows, int):
         rows = rows.node.hint  # a graph for any number, made for this one
-    return rows is not None and 1 < rows <= MOST_ROWS and value.dtype == torch.float32 and value.device.type == "cpu"
+    return rows is not None and fewest <= rows <= MOST_ROWS and value.dtype in dtypes and value.device.type == "cpu"
 
 
 def _is_turned(weight: Any) -> bool:

@@ -1,10 +1,12 @@
 """Products of weights with the few rows of a tree, on a CPU, where torch's own cost as much as those of many rows.
 
-A tree has 2 to 32 rows. BLAS copies the weight of ``x W^T`` into an order of its own first, which pays from some
-dozens of rows on; of ``W x^T`` it copies the rows instead. Half precision without kernels is multiplied row by row;
-here slices of the weight are widened to float32 while they are in the cache, multiplied, and the sums rounded once.
+A tree has 2 to 32 rows. Where there is a kernel for them (``native_products.py``) it is used. Else: BLAS copies the
+weight of ``x W^T`` into an order of its own first, which pays from some dozens of rows on; of ``W x^T`` it copies the
+rows instead. Half precision without kernels is multiplied row by row; here slices of the weight are widened to float32
+while they are in the cache, multiplied, and the sums rounded once.
 
-Products of SmolLM2-135M-Instruct's weights in one forward, ms, 2 threads of an AMD EPYC of the third generation (AVX2):
+Products of SmolLM2-135M-Instruct's weights in one forward, ms, 2 threads of an AMD EPYC of the third generation (AVX2),
+without the kernel:
 
 | rows | 1 | 2 | 4 | 8 | 16 | 32 |
 |---|---|---|---|---|---|---|
@@ -29,10 +31,12 @@ from torch.nn import functional as F
 
 from .fused_norms import fused_norm
 from .half_precision import multiplies_fast
+from .native_products import native_product, takes_natively
 
 MOST_ROWS = 32
 _LEAST_WIDENED_ROWS = 5  # widening a weight costs as much as multiplying four rows with it
 PADDED_ROWS = {3: 4} | dict.fromkeys(range(9, 16), 16)  # these have slower kernels than the next number
+_CPU = torch.device("cpu")
 _SLICE_BYTES = 1 << 22  # of a widened weight: stays in a CPU's cache between being written and being read
 
 
@@ -103,11 +107,15 @@ def few_row_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
         ``[..., O]``.
     """
     rows = x.numel() // x.shape[-1]
-    if not 1 < rows <= MOST_ROWS or weight.device.type != "cpu" or x.dtype != weight.dtype:
+    if not 0 < rows <= MOST_ROWS or weight.device.type != "cpu" or x.dtype != weight.dtype:
         return F.linear(x, weight, bias)
     if torch.is_autocast_enabled("cpu"):  # which chooses the dtype of each product
         return F.linear(x, weight, bias)
-    if weight.dtype == torch.float32 and torch.backends.mkl.is_available():
+    if is_native_faster(weight.dtype) and takes_natively(x, weight):
+        product = native_product
+    elif rows == 1:
+        return F.linear(x, weight, bias)
+    elif weight.dtype == torch.float32 and torch.backends.mkl.is_available():
         product = _turned
     elif rows >= _LEAST_WIDENED_ROWS and not multiplies_fast(weight.device, weight.dtype):
         product = _widened
@@ -115,6 +123,11 @@ def few_row_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
         return F.linear(x, weight, bias)
     y = product(x.reshape(rows, -1), weight).view(*x.shape[:-1], -1)
     return y if bias is None else y + bias
+
+
+def is_native_faster(dtype: torch.dtype) -> bool:
+    """Whether a CPU's few-row products in ``dtype`` should be those of ``native_products.py``, where they can be."""
+    return dtype == torch.float32 or not multiplies_fast(_CPU, dtype)
 
 
 def _turned(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """What torch's compiler makes of a verification on a CPU: its graph is rewritten for the few nodes of a tree.
 
-Products with few rows are turned (``few_row_graphs.py``) and key heads are shared (``shared_head_graphs.py``), the
-same that an uncompiled verification does without a graph (``few_rows.py``, ``shared_heads.py``).
+Products with few rows become a kernel's (``native_product_graphs.py``) or are turned (``few_row_graphs.py``), and key
+heads are shared (``shared_head_graphs.py``): the same that an uncompiled verification does without a graph
+(``few_rows.py``, ``shared_heads.py``).
 
 The rewriting is handed to torch's compiler as its own custom pass, for the length of a verification.
 ``tests/runtime/test_tree_graphs.py`` holds that texts stay plain's, and that nothing is left behind.
@@ -19,6 +20,8 @@ from transformers import PreTrainedModel
 
 from .few_row_graphs import turn_products
 from .few_rows import MOST_ROWS, PADDED_ROWS
+from .native_product_graphs import make_products_native
+from .native_products import SOURCE_HASH, has_native_products
 from .shared_head_graphs import share_heads
 
 
@@ -61,12 +64,15 @@ def _custom_pass() -> Any:
 
     class TreePass(CustomGraphPass):
         def __call__(self, graph: fx.Graph) -> None:
-            if torch.backends.mkl.is_available():  # the library that these products are fast in
+            if has_native_products():
+                make_products_native(graph)
+            elif torch.backends.mkl.is_available():  # the library that turned products are fast in
                 turn_products(graph)
             share_heads(graph)
 
         def uuid(self) -> Any:  # tells graphs in the compiler's cache apart from those without it
-            files = (__file__, *(rewriting.__code__.co_filename for rewriting in (turn_products, share_heads)))
-            return get_hash_for_files(files, f"{MOST_ROWS} {PADDED_ROWS}")
+            rewritings = (make_products_native, turn_products, share_heads)
+            files = (__file__, *(rewriting.__code__.co_filename for rewriting in rewritings))
+            return get_hash_for_files(files, f"{MOST_ROWS} {PADDED_ROWS} {has_native_products()} {SOURCE_HASH}")
 
     return TreePass()

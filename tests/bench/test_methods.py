@@ -18,10 +18,11 @@ from falcon_hf import FalconDrafterConfig, TreeShape, compiled
 from falcon_hf.bench import methods
 from falcon_hf.bench.errors import BenchError
 from falcon_hf.bench.memory import reset_peak
-from falcon_hf.bench.methods import METHODS, MethodContext, build_method, parse_methods
+from falcon_hf.bench.methods import METHODS, MethodContext, build_method, parse_methods, plain_native
 from falcon_hf.bench.methods.base import until_end
 from falcon_hf.bench.methods.compiling import CompileError
 from falcon_hf.bench.methods.falcon import FIELDS
+from falcon_hf.runtime import few_rows
 
 OPTIONS = {"do_sample": False, "max_new_tokens": 20}
 
@@ -58,7 +59,8 @@ def test_labels_are_parsed() -> None:
         ("", "at least one method"),
         (
             "plain,eagle",
-            "Unknown method 'eagle'; known: assistant, falcon, falcon_compiled, plain, plain_compiled, prompt_lookup",
+            "Unknown method 'eagle'; known: assistant, falcon, falcon_compiled, plain, plain_compiled, plain_native, "
+            "prompt_lookup",
         ),
         ("plain,plain", "plain is given twice"),
         ("plain:tokens=3", "plain has no setting 'tokens=3'; it has: none"),
@@ -360,6 +362,20 @@ def test_assistant_refuses(chat_target: Any, assistant_folder: Path, spec: str, 
 def test_assistant_of_another_vocabulary(tiny_target: Callable[..., Any], assistant_folder: Path) -> None:
     with pytest.raises(BenchError, match="has 256 tokens and the target 24"):
         build_method(f"assistant:model={assistant_folder}", MethodContext(tiny_target()))
+
+
+def test_plain_native_is_plain_by_other_products(chat_target: Any, ids: torch.Tensor, monkeypatch: Any) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(few_rows, "takes_natively", lambda x, weight: calls.append(x.shape[-2]))
+    monkeypatch.setattr(plain_native, "has_native_products", lambda: True)
+    native, plain = (build_method(name, MethodContext(chat_target)) for name in ("plain_native", "plain"))
+    wanted = plain.generate(ids, OPTIONS)
+    assert calls == []
+    assert native.generate(ids, OPTIONS).tokens == wanted.tokens
+    assert 1 in calls
+    monkeypatch.setattr(plain_native, "has_native_products", lambda: False)
+    with pytest.raises(BenchError, match=r"no kernel here; it needs a CPU with AVX2 and a C\+\+ compiler"):
+        build_method("plain_native", MethodContext(chat_target))
 
 
 @pytest.mark.parametrize("name", ["plain_compiled", "falcon_compiled"])

@@ -18,6 +18,12 @@ from .test_static_cache import CROPPABLE
 PROMPT = torch.tensor([[3, 1, 4, 1, 5]])
 
 
+@pytest.fixture(autouse=True)
+def no_kernel(monkeypatch):
+    """As on a machine without a compiler: what there is one for is test_native_products.py's."""
+    monkeypatch.setattr(few_rows, "takes_natively", lambda x, weight: False)
+
+
 @pytest.fixture
 def no_half_kernels(monkeypatch):
     monkeypatch.setattr(few_rows, "multiplies_fast", lambda device, dtype: dtype == torch.float32)

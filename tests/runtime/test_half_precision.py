@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from falcon_hf.runtime import half_precision
-from falcon_hf.runtime.half_precision import drafting_dtype, multiplies_fast
+from falcon_hf.runtime.half_precision import drafting_dtype, multiplies_fast, verifies_fast
 
 CPU = torch.device("cpu")
 PROMPT = torch.tensor([[3, 1, 4, 1, 5]])
@@ -24,6 +24,7 @@ def kernels(monkeypatch):
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
 
     half_precision._warn_once.cache_clear()
+    monkeypatch.setattr(half_precision, "has_native_products", lambda: False)
     return has
 
 
@@ -87,9 +88,14 @@ def test_a_slow_target_is_told_once(kernels, caplog, tiny_target, tiny_drafter):
     assert "auto_off" in told[0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_fast_target_is_told_nothing(kernels, caplog, tiny_target, tiny_drafter, dtype):
-    kernels(True)
+@pytest.mark.parametrize(
+    ("dtype", "torchs", "own"),
+    [(torch.float32, False, False), (torch.bfloat16, True, False), (torch.bfloat16, False, True)],
+)
+def test_a_fast_target_is_told_nothing(kernels, caplog, monkeypatch, tiny_target, tiny_drafter, dtype, torchs, own):
+    kernels(torchs)
+    monkeypatch.setattr(half_precision, "has_native_products", lambda: own)
+    assert verifies_fast(CPU, dtype)
     target = copy.deepcopy(tiny_target(24)).to(dtype)
     drafter = tiny_drafter(target, 2, "linear").to(dtype)
     with caplog.at_level(logging.WARNING):

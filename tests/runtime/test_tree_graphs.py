@@ -11,6 +11,7 @@ from torch._inductor import config
 
 from falcon_hf import compiled
 from falcon_hf.runtime import tree_graphs
+from falcon_hf.runtime.native_products import has_native_products
 from falcon_hf.runtime.shared_head_graphs import kernel_shares_heads
 from falcon_hf.runtime.tree_graphs import TreeGraphs
 
@@ -54,11 +55,18 @@ def counted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.skipif(not CROPPABLE, reason="this transformers refuses static caches: test_static_cache.py holds that")
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("tree", [[[0], [1], [0, 0]], [[0], [0, 0]]], ids=["four rows", "three, padded"])
-def test_a_compiled_verification_is_rewritten(tiny_drafter, monkeypatch, tree):
+@pytest.mark.parametrize(
+    ("tree", "rewriting"),
+    [([[0], [1], [0, 0]], "make_products_native"), ([[0], [0, 0]], "turn_products")],
+    ids=["native, four rows", "turned, three, padded"],
+)
+def test_a_compiled_verification_is_rewritten(tiny_drafter, monkeypatch, tree, rewriting):
     """The real compiler: one graph of many lengths, the texts plain's, sampled too. qwen2 has layers with a bias."""
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    turned, shared = counted(monkeypatch, "turn_products"), counted(monkeypatch, "share_heads")
+    native = rewriting == "make_products_native" and has_native_products()
+    monkeypatch.setattr(tree_graphs, "has_native_products", lambda: native)
+    rewriting = "make_products_native" if native else "turn_products"
+    rewritten, shared = counted(monkeypatch, rewriting), counted(monkeypatch, "share_heads")
     target = copy.deepcopy(tiny_family("qwen2", "sdpa"))
     drafter = tiny_drafter(target, 2, "linear", tree=tree)
     torch._dynamo.reset()
@@ -70,5 +78,5 @@ def test_a_compiled_verification_is_rewritten(tiny_drafter, monkeypatch, tree):
             )  # fmt: skip
     torch._dynamo.reset()
     linear = sum(type(module) is torch.nn.Linear for module in target.modules())
-    assert [count for count in turned if count] == [linear]
+    assert [count for count in rewritten if count] == [linear]
     assert [count for count in shared if count] == [target.config.num_hidden_layers] * kernel_shares_heads()

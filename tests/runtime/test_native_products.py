@@ -1,0 +1,167 @@
+"""The kernel for products with few rows: right for every shape, made once, and done without where it cannot be made."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import shutil
+import subprocess
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from falcon_hf.runtime import few_rows, native_products
+from falcon_hf.runtime.few_rows import FewRowProducts, few_row_linear
+from falcon_hf.runtime.native_products import has_native_products, native_product, takes_natively
+
+from .helpers import drawn
+
+PROMPT = torch.tensor([[3, 1, 4, 1, 5]])
+# Elsewhere there is nothing to test here but that products are made without it, which test_few_rows.py holds.
+HAS_AVX2 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+pytestmark = pytest.mark.skipif(not HAS_AVX2 or COMPILER is None, reason="the kernel needs AVX2 and a C++ compiler")
+
+
+@pytest.fixture
+def unmade(monkeypatch, tmp_path):
+    """As before the first generation on this machine; the cache is the folder this gives."""
+    monkeypatch.setattr(native_products, "HF_HOME", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    native_products._kernel.cache_clear()
+    yield tmp_path / "falcon_hf"
+    native_products._kernel.cache_clear()
+
+
+def allowed(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The error that a sum in float32, rounded once to ``dtype``, may have."""
+    return 1e-4 + exact.abs() * (2**-8 if dtype == torch.bfloat16 else 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", range(1, 33))
+def test_products_are_those_of_linear(rows, dtype):
+    for outputs, size in ((1, 16), (2, 32), (25, 48), (71, 576)):
+        x, weight = drawn(rows, size).to(dtype), drawn(outputs, size, seed=1).to(dtype)
+        assert takes_natively(x, weight)
+        y = native_product(x, weight)
+        exact = F.linear(x.double(), weight.double())
+        assert (y.dtype, y.shape) == (dtype, (rows, outputs))
+        assert ((y.double() - exact).abs() <= allowed(exact, dtype)).all()
+        wrong = native_product(x.flip(1), weight)  # the control
+        assert not ((wrong.double() - exact).abs() <= allowed(exact, dtype)).all()
+
+
+def test_half_precision_is_rounded_once():
+    x, weight = drawn(7, 48).bfloat16(), drawn(40, 48, seed=1).bfloat16()
+    nearest = F.linear(x.double(), weight.double()).bfloat16()
+    assert (native_product(x, weight) == nearest).float().mean() > 0.98  # the others lie between two numbers
+    twice = sum(native_product(x[:, part], weight[:, part].contiguous()) for part in (slice(16), slice(16, 48)))
+    assert (twice == nearest).float().mean() < 0.9  # the control
+
+
+def test_several_weights_are_multiplied_as_each_alone():
+    x = drawn(5, 32)
+    weights = [drawn(outputs, 32, seed=outputs) for outputs in (1, 24, 25, 100)]
+    together = native_products.native_products(x, weights)
+    assert all(torch.equal(own, native_product(x, weight)) for own, weight in zip(together, weights, strict=True))
+
+
+def test_rows_that_are_no_numbers_stay_so_and_touch_no_other():
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight = drawn(6, 32).to(dtype), drawn(30, 32, seed=1).to(dtype)
+        clean = native_product(x, weight)
+        x[2, 3], x[4, 0] = torch.nan, torch.inf
+        y = native_product(x, weight)
+        assert y[2].isnan().all()
+        assert y[4].isinf().all()
+        assert torch.equal(y[[0, 1, 3, 5]], clean[[0, 1, 3, 5]])
+
+
+def test_the_number_of_threads_changes_nothing():
+    x, weight, threads = drawn(7, 64), drawn(500, 64, seed=1), torch.get_num_threads()
+    try:
+        by_threads = []
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            by_threads.append(native_product(x, weight))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(own, by_threads[0]) for own in by_threads)
+
+
+def test_what_it_does_not_take_is_left_to_torch():
+    x, weight = drawn(4, 32), drawn(40, 32, seed=1)
+    assert takes_natively(x, weight)
+    assert not takes_natively(x.double(), weight.double())
+    assert not takes_natively(x.bfloat16(), weight)
+    assert not takes_natively(x[:, :24], weight[:, :24].contiguous())
+    assert not takes_natively(x, drawn(32, 40).t())
+    assert not takes_natively(x.to("meta"), weight.to("meta"))
+    assert not takes_natively(x, weight.clone().requires_grad_())
+    with torch.no_grad():
+        assert takes_natively(x, weight.clone().requires_grad_())
+    apart = drawn(4, 64)[:, ::2]
+    assert torch.allclose(native_product(apart, weight), F.linear(apart, weight), atol=1e-4)
+
+
+def test_it_is_made_once_and_kept(unmade, monkeypatch):
+    assert has_native_products()
+    assert [path.name for path in unmade.iterdir()] == [f"few_rows_{native_products.SOURCE_HASH}.so"]
+    native_products._kernel.cache_clear()
+    monkeypatch.setattr(subprocess, "run", None)  # nothing is compiled again
+    assert has_native_products()
+
+
+def test_a_library_that_is_not_whole_is_made_again(unmade):
+    library = unmade / f"few_rows_{native_products.SOURCE_HASH}.so"
+    unmade.mkdir()
+    library.touch()  # a machine that went down
+    assert has_native_products()
+    assert library.stat().st_size > 0
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(unmade):
+    unmade.write_text("no folder")
+    assert has_native_products()
+
+
+@pytest.mark.parametrize("how", ["no compiler", "fails", "wrong", "switched off"])
+def test_without_it_products_are_torchs(unmade, monkeypatch, caplog, how):
+    if how == "no compiler":
+        monkeypatch.setattr(shutil, "which", lambda name: None)
+    elif how == "fails":
+        monkeypatch.setenv("CXX", "false")
+    elif how == "wrong":
+        monkeypatch.setattr(native_products, "SOURCE", native_products.SOURCE.replace("+= weights[o]", "-= weights[o]"))
+    else:
+        monkeypatch.setenv(native_products.SWITCH, "0")
+    with caplog.at_level(logging.WARNING):
+        assert not has_native_products()
+    told = {"no compiler": "there is no C++ compiler", "fails": "false ended with 1", "wrong": "multiplies wrong"}
+    assert told.get(how, "") in caplog.text
+    assert bool(caplog.text) is (how != "switched off")
+    assert not unmade.exists()  # nothing wrong is kept
+    x, weight = drawn(4, 32), drawn(40, 32, seed=1)
+    assert torch.allclose(few_row_linear(x, weight), F.linear(x, weight), atol=1e-4)
+
+
+def test_generation_drafts_and_verifies_with_it_but_prefills_as_generate_does(monkeypatch, tiny_target, tiny_drafter):
+    target = copy.deepcopy(tiny_target(24))
+    drafter = tiny_drafter(target, 2, "linear")
+    calls: list[int] = []
+
+    def noting(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        calls.append(x.shape[0])
+        return native_product(x, weight)
+
+    monkeypatch.setattr(few_rows, "native_product", noting)
+    plain = target.generate(PROMPT, max_new_tokens=12, do_sample=False)
+    assert calls == []
+    assert torch.equal(target.generate(PROMPT, assistant_model=drafter, max_new_tokens=12, do_sample=False), plain)
+    assert len(calls) > 12 * target.config.num_hidden_layers
+    calls.clear()
+    with FewRowProducts(target):  # plain decoding with these products
+        assert torch.equal(target.generate(PROMPT, max_new_tokens=12, do_sample=False), plain)
+    assert set(calls) == {1, PROMPT.shape[1]}
