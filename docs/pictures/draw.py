@@ -98,14 +98,22 @@ def tree(axes: Any, shape: TreeShape, block_size: int, title: str, labels: bool)
 
 
 def trees() -> None:
-    """The shipped drafter's tree and the paper's for the same block size."""
+    """A tree of the shipped drafter's size, one that may be grown, and the paper's for the same block size."""
     config = json.loads((DRAFTER / "config.json").read_text(encoding="utf-8"))
     k = config["block_size"]
-    own = TreeShape.paper(k) if config["tree"] is None else TreeShape.from_paths(config["tree"])
+    grown = [[0], [1], [0, 0], [2], [0, 1]]
+    assert len(grown) == config["tree"]["nodes"], "draw as many nodes as the shipped drafter grows"
+    own = TreeShape.from_paths(grown)
     paper = TreeShape.paper(k)
     figure = Figure(figsize=(9, 5), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.8))
-    tree(left, own, k, f"The shipped drafter's: {own.size - 1} nodes;\na number is the rank in its law", labels=True)
+    tree(
+        left,
+        own,
+        k,
+        f"The shipped drafter grows {len(grown)} a round,\nsuch as these; numbers are ranks in its law",
+        labels=True,
+    )
     tree(right, paper, k, f"The paper's kind for k = {k}: {paper.size - 1} nodes", labels=False)
     save(figure, "trees")
 

@@ -273,6 +273,21 @@ def test_fields_of_the_drafters_config(chat_target: Any, drafter_path: Path) -> 
             build_method(f"falcon:{name}=1", context)
 
 
+def test_a_static_tree_drafts_without_the_drafters_own_look_up(chat_target: Any, drafter_copy: Path) -> None:
+    config = json.loads((drafter_copy / "config.json").read_text())
+    config |= {"tree": {"kind": "dynamic", "nodes": 5}, "lookup": {}}
+    (drafter_copy / "config.json").write_text(json.dumps(config))
+    context = MethodContext(chat_target, str(drafter_copy))
+    for spec, lookup in (
+        ("falcon", {}), ("falcon:tree=dynamic3", {}), ("falcon:lookup=null", None), ("falcon:tree=chain2", None),
+    ):  # fmt: skip
+        method = build_method(spec, context)
+        assert method.provenance()["config"]["lookup"] == lookup
+        assert len(method.generate(prompts(12)[0], OPTIONS).tokens) == 20
+    with pytest.raises(BenchError, match="lookup needs a dynamic tree"):
+        build_method("falcon:tree=chain2:lookup={}", context)
+
+
 def prompts(*lengths: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(5)
     return [torch.randint(1, 256, (1, length), generator=generator) for length in lengths]
@@ -366,7 +381,13 @@ def test_assistant_of_another_vocabulary(tiny_target: Callable[..., Any], assist
 
 def test_plain_native_is_plain_by_other_products(chat_target: Any, ids: torch.Tensor, monkeypatch: Any) -> None:
     calls: list[int] = []
-    monkeypatch.setattr(few_rows, "takes_natively", lambda x, weight: calls.append(x.shape[-2]))
+
+    def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        calls.append(x.shape[0])
+        return (x.double() @ weight.double().t()).to(x.dtype)
+
+    monkeypatch.setattr(few_rows, "takes_natively", lambda x, weight: True)
+    monkeypatch.setattr(few_rows, "native_product", product)
     monkeypatch.setattr(plain_native, "has_native_products", lambda: True)
     native, plain = (build_method(name, MethodContext(chat_target)) for name in ("plain_native", "plain"))
     wanted = plain.generate(ids, OPTIONS)
@@ -374,7 +395,7 @@ def test_plain_native_is_plain_by_other_products(chat_target: Any, ids: torch.Te
     assert native.generate(ids, OPTIONS).tokens == wanted.tokens
     assert 1 in calls
     monkeypatch.setattr(plain_native, "has_native_products", lambda: False)
-    with pytest.raises(BenchError, match=r"no kernel here; it needs a CPU with AVX2 and a C\+\+ compiler"):
+    with pytest.raises(BenchError, match=r"no kernel for torch.float32 .* it needs a CPU"):
         build_method("plain_native", MethodContext(chat_target))
 
 

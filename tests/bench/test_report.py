@@ -38,7 +38,7 @@ def result() -> dict[str, Any]:
         "machine": {"cpu": "Some | CPU", "threads": 2, "device": "cpu"},
         "target": {"name": "org/target", "dtype": "bfloat16", "attention": "sdpa", "fingerprint": []},
         "questions": {"file": "mt_bench.jsonl", "sha256": "cd" * 32, "count": 2, "turns": 1},
-        "methods": {"plain": {}, "falcon": FALCON, "prompt_lookup": {"tokens": 10}},
+        "methods": {"plain": {}, "falcon": dict(FALCON), "prompt_lookup": {"tokens": 10}},
         "options": {"do_sample": False, "max_new_tokens": 10},
         "seeds": [0],
         "repeats": 1,
@@ -93,6 +93,12 @@ def test_provenance_line(result: dict[str, Any]) -> None:
     ):  # fmt: skip
         assert part in line
     assert "INCOMPLETE" not in line
+    assert "k = 2, tree of 1 nodes, depth 1)" in line
+    method = result["settings"]["methods"]["falcon"]
+    method |= {"tree": {"kind": "dynamic", "nodes": 1}, "config": {"lookup": None}}
+    assert "k = 2, dynamic tree of 1 nodes, depth 1)" in render([result])
+    method["config"]["lookup"] = {}
+    assert "k = 2, dynamic tree of 1 nodes, depth 1, with look-up)" in render([result])
     result["settings"]["machine"]["cpu_capability"] = "AVX2"
     assert "Some | CPU (AVX2), 2 threads" in render([result])
     result["complete"], result["settings"]["questions"]["count"] = False, 80

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from falcon_hf import FalconDrafter, TreeShape
+from falcon_hf import FalconDrafter
 from falcon_hf.bench.question_sets import find_questions
 from falcon_hf.cli.prompts import read_prompts
 from falcon_hf.tuning.calibration import Calibration
@@ -69,8 +69,10 @@ def test_tune_check_and_apply(run: Run, repos: Path, home: Path) -> None:
     assert json.loads(run("report", home / "check.json", "--json").stdout)["check"]["settings"] == check["settings"]
     assert_refused(run("report", home / "check.json", home / "check.json"), "alone")
     assert_refused(run("report", home / "check.json", "--brief"), "--brief", "tune --check")
-    tree = FalconDrafter.from_pretrained(home / "drafter").config.tree
-    assert TreeShape.from_paths(tree).size <= 8, "--max-nodes, though the paper's whole tree is shown as a rival"
+    config = FalconDrafter.from_pretrained(home / "drafter").config
+    assert config.tree["nodes"] <= 7, "--max-nodes, though the paper's whole tree is shown as a rival"
+    assert config.lookup == calibration.lookup.config_entry()
+    assert sum(calibration.lookup.trials) > 0
     assert (home / "tree.svg").is_file()
 
     again = run(*options(repos, home, check=home / "sweep.json", pictures=home / "p"), "--sweep", "--json")
@@ -79,7 +81,7 @@ def test_tune_check_and_apply(run: Run, repos: Path, home: Path) -> None:
     shown = json.loads(again.stdout)
     automatic, *cells = shown["check"]["settings"]
     assert automatic["kind"] == "chosen"
-    assert automatic["tree"] == tree, "what was applied"
+    assert automatic["nodes"] == config.tree["nodes"] + 1, "what was applied"
     assert [entry["passes"] for entry in cells] == [1, 2]
     assert (home / "p" / "sweep-tuned.png").is_file()
 
@@ -190,7 +192,16 @@ def test_a_drafter_gets_its_own_best_tree(run: Run, repos: Path, home: Path, tmp
         assert result.exit_code == 0, result.output
         (own,) = [one for one in Calibration.read(tmp_path / "t.json").options() if one.name == str(tmp_path / name)]
         best = next(one for one in choose([own], 2, 8) if one.shape is not None and one.nodes <= 8)
-        assert FalconDrafter.from_pretrained(tmp_path / name).config.tree == best.tree
+        found = FalconDrafter.from_pretrained(tmp_path / name).config
+        assert found.tree == Calibration.read(tmp_path / "t.json").dynamic(best).tree
+        assert found.lookup is not None
+        result = run(*given, "--apply", tmp_path / name, "--static")
+        assert result.exit_code == 0, result.output
+        found = FalconDrafter.from_pretrained(tmp_path / name).config
+        assert (found.tree, found.lookup) == (best.tree, None)
+    assert_refused(run(*given, "--static"), "--static", "only with --apply")
+    assert_refused(run(*given, "--apply", tmp_path / "two", "--static", "--check", tmp_path / "c.json", "--dynamic"),
+                   "--static and --dynamic")  # fmt: skip
     shutil.copytree(tmp_path / "two", tmp_path / "other")
     before = (tmp_path / "other" / "config.json").read_bytes()
     assert_refused(run(*given, "--apply", tmp_path / "other"), "none of the drafters measured", "--drafter")
@@ -221,8 +232,12 @@ def test_dynamic_trees_are_measured_and_applied(run: Run, repos: Path, home: Pat
     entries = json.loads((tmp_path / "check.json").read_text())["settings"]
     assert "dynamic" in [entry["kind"] for entry in entries]
     assert all((entry["error"] is None) == (entry["kind"] == "dynamic") for entry in entries)
+    assert all((entry["lookup"] is None) == (entry["kind"] != "dynamic") for entry in entries)
     fastest = max(entries, key=lambda entry: entry["measured"]["tokens_per_second"])
-    assert FalconDrafter.from_pretrained(tmp_path / "drafter").config.tree == fastest["tree"]
+    config = FalconDrafter.from_pretrained(tmp_path / "drafter").config
+    assert (config.tree, config.lookup) == (fastest["tree"], fastest["lookup"])
+    words = "dynamic with look-up" if fastest["kind"] == "dynamic" else "static"
+    assert f"The best tree, {words}, is now the tree of {tmp_path / 'drafter'}" in " ".join(result.stderr.split())
 
 
 def test_what_cannot_be_applied_or_drawn_is_said_first(
@@ -251,6 +266,10 @@ def test_what_cannot_be_applied_or_drawn_is_said_first(
     file = tmp_path / "two" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"verifier": "rejection"}))
     refused([*given, "--apply", tmp_path / "two"], "'rejection'", "leave out --dynamic")
+    alone = [*options(repos, home, drafter=tmp_path / "two", output=tmp_path / "t.json"), "--drafter"]
+    applied = run(*alone, tmp_path / "three", "--apply", tmp_path / "two")
+    assert applied.exit_code == 0, applied.output
+    assert isinstance(json.loads(file.read_text())["tree"], list), "what it can sample with"
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     refused([*given, "--pictures", tmp_path / "p"], "pip install 'falcon_hf[tune]'")
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 
 from falcon_hf import FalconDrafterConfig
+from falcon_hf.bench.draft_trees import describe_tree
 from falcon_hf.cli.publish import render_results
 from falcon_hf.hub.cards import CardSource, build_card, read_recipe, result_files
 from falcon_hf.hub.errors import HubError
 from falcon_hf.hub.publish import prepare
+from falcon_hf.runtime.candidate_generator import drafter_tree
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = sorted(path for path in (ROOT / "hub_cards").iterdir() if path.is_dir())
@@ -70,7 +73,9 @@ class TestPublishedCards:
             settings = json.loads(path.read_text())["settings"]
             method = settings["methods"]["falcon"]
             assert method["weights_sha256"] == digest, path
-            assert sorted(map(tuple, method["tree"])) == sorted(map(tuple, config.tree)), path
+            tree = drafter_tree(SimpleNamespace(config=config))
+            assert method["tree"] == describe_tree(tree, config.block_size)["tree"], path
+            assert method["config"]["lookup"] == config.lookup, path
             assert (method["block_size"], method["fusion"]) == (config.block_size, config.fusion)
             assert settings["target"]["name"] == config.target_name_or_path
 
@@ -87,7 +92,8 @@ class TestPublishedCards:
             count += size
         assert f"| {count / 1e6:.1f} million, 16 bits each |" in text
         assert f"Block size k = {config.block_size}, {config.fusion} fusion" in text
-        assert f"| tree | {len(config.tree)} nodes |" in text
+        looked_up = ", candidates from the text among them" if config.lookup is not None else ""
+        assert f"| tree | dynamic, {config.tree['nodes']} nodes at most, in one pass{looked_up} |" in text
         assert f"drafting over {config.draft_vocab_size:,} tokens" in text
 
 
@@ -99,6 +105,20 @@ def small_source(**changes):
     return CardSource(
         **({"name": "a-drafter", "config": config, "parameters": 1_234_000, "bytes_per_weight": 4} | changes)
     )
+
+
+@pytest.mark.parametrize(
+    ("tree", "lookup", "words"),
+    [
+        ([[0], [1]], None, "| tree | 2 nodes |"),
+        ({"kind": "dynamic", "nodes": 7}, None, "| tree | dynamic, 7 nodes at most, in 2 passes |"),
+        ({"kind": "dynamic", "nodes": 7, "passes": 1}, {}, "in one pass, candidates from the text among them |"),
+    ],
+)
+def test_a_card_says_what_the_tree_is(tree, lookup, words):
+    source = small_source()
+    source.config.tree, source.config.lookup = tree, lookup
+    assert words in build_card(source)
 
 
 def test_a_card_without_recipe_or_results_says_so():

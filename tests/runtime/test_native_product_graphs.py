@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from falcon_hf.runtime import native_product_graphs
 from falcon_hf.runtime.native_product_graphs import make_products_native, operation
 
 from .graphs import as_compilers_see_it
@@ -34,6 +36,12 @@ def weights(rows: int, size: int, dtype: torch.dtype) -> list[torch.Tensor]:
     return [drawn(*shape, seed=seed).to(dtype) for seed, shape in enumerate(shapes)]
 
 
+@pytest.fixture(autouse=True)
+def no_instructions(monkeypatch):
+    """As on a CPU without instructions for bfloat16."""
+    monkeypatch.setattr(native_product_graphs, "is_native_faster", lambda dtype: True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 2, 4, 9, 32, 33])
 def test_products_are_those_of_linear(rows, dtype):
@@ -55,11 +63,35 @@ def test_other_dtypes_and_lengths_are_left_alone():
     assert traced(*weights(4, 24, torch.float32))[1] == 0
 
 
-def test_the_operation_is_made_once_for_all_copies_of_the_code():
-    own = operation()
-    operation.cache_clear()  # as in a drafter's own copy of the code
-    assert operation() is own
-    x, weight = drawn(3, 32), drawn(20, 64, seed=1)[:, ::2]  # a weight that does not lie in one piece
-    (y,) = operation()(x, [weight])
-    exact = F.linear(x.double(), weight.double())
-    assert ((y.double() - exact).abs() <= allowed(exact, torch.float32)).all()
+def test_a_weight_that_comes_later_is_multiplied_alone():
+    def late(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        before = F.linear(x, first)
+        return F.linear(x, (second * before.mean()).contiguous())  # a weight of the first product's making
+
+    inputs = [drawn(4, 32), drawn(40, 32, seed=1), drawn(24, 32, seed=2)]
+    graph = as_compilers_see_it(late, *inputs)
+    assert make_products_native(graph.graph) == 2
+    graph.graph.lint()
+    graph.recompile()
+    assert [len(node.args[1]) for node in graph.graph.nodes if node.target is operation()] == [1, 1]
+    assert torch.allclose(graph(*inputs), late(*inputs), atol=1e-4)
+
+
+def test_half_precision_is_left_to_a_cpu_that_has_instructions_for_it(monkeypatch):
+    monkeypatch.setattr(native_product_graphs, "is_native_faster", lambda dtype: dtype == torch.float32)
+    assert traced(*weights(4, 32, torch.bfloat16))[1] == 0
+    assert traced(*weights(4, 32, torch.float32))[1] == 2
+
+
+def test_the_operation_serves_all_copies_of_the_code_and_any_number_of_rows():
+    """A drafter's own copy of the code, as transformers loads it, finds the operation made."""
+    spec = importlib.util.spec_from_file_location("falcon_hf.runtime.another_copy", native_product_graphs.__file__)
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    assert copy.make_products_native is not make_products_native
+    assert copy.operation() is operation()
+    for rows in (3, 33):
+        x, weight = drawn(rows, 32), drawn(20, 64, seed=1)[:, ::2]  # a weight that does not lie in one piece
+        (y,) = operation()(x, [weight])
+        exact = F.linear(x.double(), weight.double())
+        assert ((y.double() - exact).abs() <= allowed(exact, torch.float32)).all()

@@ -6,12 +6,13 @@ import copy
 import logging
 import shutil
 import subprocess
+import sys
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from falcon_hf.runtime import few_rows, native_products
+from falcon_hf.runtime import few_rows, native_kernel, native_products
 from falcon_hf.runtime.few_rows import FewRowProducts, few_row_linear
 from falcon_hf.runtime.native_products import has_native_products, native_product, takes_natively
 
@@ -19,19 +20,20 @@ from .helpers import drawn
 
 PROMPT = torch.tensor([[3, 1, 4, 1, 5]])
 # Elsewhere there is nothing to test here but that products are made without it, which test_few_rows.py holds.
-HAS_AVX2 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+HAS_AVX2 = sys.platform == "linux" and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-pytestmark = pytest.mark.skipif(not HAS_AVX2 or COMPILER is None, reason="the kernel needs AVX2 and a C++ compiler")
+SERVED = HAS_AVX2 and COMPILER is not None
+pytestmark = pytest.mark.skipif(not SERVED, reason="the kernel needs Linux, AVX2 and a C++ compiler")
 
 
 @pytest.fixture
 def unmade(monkeypatch, tmp_path):
     """As before the first generation on this machine; the cache is the folder this gives."""
-    monkeypatch.setattr(native_products, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr(native_kernel, "HF_HOME", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    native_products._kernel.cache_clear()
+    native_kernel.compiled_kernel.cache_clear()
     yield tmp_path / "falcon_hf"
-    native_products._kernel.cache_clear()
+    native_kernel.compiled_kernel.cache_clear()
 
 
 def allowed(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -99,6 +101,10 @@ def test_what_it_does_not_take_is_left_to_torch():
     assert not takes_natively(x[:, :24], weight[:, :24].contiguous())
     assert not takes_natively(x, drawn(32, 40).t())
     assert not takes_natively(x.to("meta"), weight.to("meta"))
+    assert not takes_natively(x.to("meta"), weight)
+    assert not takes_natively(drawn(4, 48), weight)
+    assert not takes_natively(x, weight[0])
+    assert not takes_natively(x.as_subclass(Subclass), weight)
     assert not takes_natively(x, weight.clone().requires_grad_())
     with torch.no_grad():
         assert takes_natively(x, weight.clone().requires_grad_())
@@ -106,20 +112,58 @@ def test_what_it_does_not_take_is_left_to_torch():
     assert torch.allclose(native_product(apart, weight), F.linear(apart, weight), atol=1e-4)
 
 
+class Subclass(torch.Tensor):
+    """A tensor that might see what is done with it."""
+
+
+def test_memory_that_is_not_there_is_never_read():
+    weight = drawn(40, 32)
+    for x in (drawn(4, 48), drawn(4, 16), drawn(4, 32).to("meta"), drawn(4, 32).bfloat16()):
+        with pytest.raises(ValueError, match="one dtype and width on a CPU"):
+            native_product(x, weight)
+    with pytest.raises(RuntimeError):
+        few_row_linear(drawn(4, 48), weight)  # as torch would
+    assert native_product(drawn(0, 32), weight).shape == (0, 40)
+    assert native_products.native_products(drawn(4, 32), []) == []
+
+
+def test_it_is_made_whatever_the_default_device_is(unmade):
+    with torch.device("meta"):
+        assert has_native_products()
+
+
 def test_it_is_made_once_and_kept(unmade, monkeypatch):
     assert has_native_products()
-    assert [path.name for path in unmade.iterdir()] == [f"few_rows_{native_products.SOURCE_HASH}.so"]
-    native_products._kernel.cache_clear()
+    assert [path.name for path in unmade.iterdir()] == [f"few_rows_{native_kernel.SOURCE_HASH}.so"]
+    native_kernel.compiled_kernel.cache_clear()
     monkeypatch.setattr(subprocess, "run", None)  # nothing is compiled again
     assert has_native_products()
 
 
 def test_a_library_that_is_not_whole_is_made_again(unmade):
-    library = unmade / f"few_rows_{native_products.SOURCE_HASH}.so"
+    library = unmade / f"few_rows_{native_kernel.SOURCE_HASH}.so"
     unmade.mkdir()
     library.touch()  # a machine that went down
     assert has_native_products()
     assert library.stat().st_size > 0
+
+
+def test_a_library_that_others_could_have_written_is_not_loaded(unmade):
+    assert has_native_products()
+    (library,) = unmade.iterdir()
+    planted = library.read_bytes()[:-1] + b"x"  # loads all the same
+    library.unlink()
+    library.write_bytes(planted)
+    library.chmod(0o722)
+    native_kernel.compiled_kernel.cache_clear()
+    assert has_native_products()
+    assert library.read_bytes() != planted
+
+
+@pytest.mark.parametrize("asked", ["{} -DUNUSED=1", "false"])
+def test_the_compiler_asked_for_is_used_with_its_options(unmade, monkeypatch, asked):
+    monkeypatch.setenv("CXX", asked.format(COMPILER))
+    assert has_native_products() is (asked != "false")
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(unmade):
@@ -134,15 +178,15 @@ def test_without_it_products_are_torchs(unmade, monkeypatch, caplog, how):
     elif how == "fails":
         monkeypatch.setenv("CXX", "false")
     elif how == "wrong":
-        monkeypatch.setattr(native_products, "SOURCE", native_products.SOURCE.replace("+= weights[o]", "-= weights[o]"))
+        monkeypatch.setattr(native_kernel, "SOURCE", native_kernel.SOURCE.replace("+= weights[o]", "-= weights[o]"))
     else:
-        monkeypatch.setenv(native_products.SWITCH, "0")
+        monkeypatch.setenv(native_kernel.SWITCH, "0")
     with caplog.at_level(logging.WARNING):
         assert not has_native_products()
     told = {"no compiler": "there is no C++ compiler", "fails": "false ended with 1", "wrong": "multiplies wrong"}
     assert told.get(how, "") in caplog.text
     assert bool(caplog.text) is (how != "switched off")
-    assert not unmade.exists()  # nothing wrong is kept
+    assert not unmade.exists() or not list(unmade.iterdir())  # nothing wrong is kept
     x, weight = drawn(4, 32), drawn(40, 32, seed=1)
     assert torch.allclose(few_row_linear(x, weight), F.linear(x, weight), atol=1e-4)
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -80,3 +83,36 @@ def test_a_compiled_verification_is_rewritten(tiny_drafter, monkeypatch, tree, r
     linear = sum(type(module) is torch.nn.Linear for module in target.modules())
     assert [count for count in rewritten if count] == [linear]
     assert [count for count in shared if count] == [target.config.num_hidden_layers] * kernel_shares_heads()
+
+
+SCRIPT = """
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from falcon_hf import FalconDrafter, FalconDrafterConfig, compiled
+torch.manual_seed(0)
+shape = dict(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+target = LlamaForCausalLM(LlamaConfig(**shape, eos_token_id=None, bos_token_id=None, pad_token_id=0)).eval()
+drafter = FalconDrafter(FalconDrafterConfig.from_target(target, 2, fusion="linear", tree=[[0], [1]])).eval()
+ids = torch.tensor([[3, 1, 4, 1, 5]])
+options = dict(attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
+out = target.generate(ids, assistant_model=drafter, **options, **compiled(40, drafter))
+assert torch.equal(out, target.generate(ids, **options))
+counters = torch._dynamo.utils.counters
+hits = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
+print("hits", hits)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CROPPABLE, reason="this transformers refuses static caches: test_static_cache.py holds that")
+def test_a_graph_of_an_earlier_process_is_used(tmp_path):
+    """The compiler's cache keeps rewritten graphs, and the next process takes them without rewriting anything."""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", SCRIPT]
+    hits = []
+    for _ in range(2):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        hits.append(int(done.stdout.split()[-1]))
+    assert hits[0] == 0
+    assert hits[1] > 0

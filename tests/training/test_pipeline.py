@@ -189,6 +189,7 @@ def test_a_trained_drafter_goes_on(tiny_target, tiny_drafter, text_file, tmp_pat
     target = tiny_target(VOCAB)
     first = tiny_drafter(target, 2, "linear", draft_vocab_size=20)
     first.draft_vocab_ids.copy_(torch.arange(4, 24))
+    first.config.tree, first.config.lookup = {"kind": "dynamic", "nodes": 5}, {}
     first.save_pretrained(tmp_path / "first")
     (tmp_path / "first" / "recipe.json").write_text('{"run": {"steps": 5}, "card": {"license": "mit"}}')
     train(
@@ -199,7 +200,7 @@ def test_a_trained_drafter_goes_on(tiny_target, tiny_drafter, text_file, tmp_pat
     made = json.loads((tmp_path / "drafter" / "recipe.json").read_text())
     assert made["started_from"] == {"run": {"steps": 5}}
     assert second.draft_vocab_ids.tolist() == list(range(4, 24))
-    assert second.config.tree == [[0], [1], [2]]
+    assert (second.config.tree, second.config.lookup) == ([[0], [1], [2]], None)
     assert set(second.state_dict()) == set(first.state_dict())
     change = (second.fusion.linear.weight - first.fusion.linear.weight).double()
     assert change.abs().max() > 1e-3

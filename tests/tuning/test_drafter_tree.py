@@ -22,6 +22,24 @@ def test_a_drafter_gets_the_tree_and_nothing_else_changes(tmp_path, tiny_target,
     assert FalconDrafter.from_pretrained(tmp_path).config.tree == [[0], [3], [0, 1]]
 
 
+def test_look_up_comes_with_a_dynamic_tree_and_goes_with_a_static_one(tmp_path, tiny_target, tiny_drafter):
+    tiny_drafter(tiny_target(), 2).save_pretrained(tmp_path)
+    dynamic = {"kind": "dynamic", "nodes": 5}
+
+    def written(*arguments):
+        write_drafter_tree(tmp_path, *arguments)
+        config = FalconDrafter.from_pretrained(tmp_path).config
+        return config.tree, config.lookup
+
+    assert written(dynamic, {"acceptance": [0.2, 0.9]}) == (dynamic, {"acceptance": [0.2, 0.9]})
+    assert written({**dynamic, "nodes": 6}) == ({**dynamic, "nodes": 6}, {"acceptance": [0.2, 0.9]})
+    for static in ([[0], [1]], TreeShape.from_paths([[0], [1]])):
+        write_drafter_tree(tmp_path, dynamic, {})
+        assert written(static, {"length": 3}) == ([[0], [1]], None)
+    write_drafter_tree(tmp_path, dynamic, {"length": 4, "min_match": 3, "acceptance": [0.5]})
+    assert written(dynamic, {"acceptance": [0.2, 0.9]})[1] == {"length": 4, "acceptance": [0.2, 0.9]}
+
+
 def test_other_folders_get_no_tree(tmp_path, tiny_target):
     shape = TreeShape.from_paths([[0]])
     with pytest.raises(TuningError, match="no drafter's folder"):

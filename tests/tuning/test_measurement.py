@@ -161,6 +161,7 @@ def test_calibration_round_trip(calibrated, tmp_path):
     assert back.verify_times == calibration.verify_times
     assert back.drafters[0].draft_times == calibration.drafters[0].draft_times
     assert back.plain_seconds == calibration.plain_seconds > 0
+    assert back.lookup == calibration.lookup
     shape = chain(2)
     assert back.options()[0].expected_tokens(shape) == calibration.options()[0].expected_tokens(shape)
     first, again = (choose(own.options(40), 2, 8) for own in (calibration, back))
@@ -176,6 +177,8 @@ def test_calibration_round_trip(calibrated, tmp_path):
         (lambda value: value.update(walk_seconds=-1), "damaged"),
         (lambda value: value["verify_times"][0].update(seconds="soon"), "damaged"),
         (lambda value: value["drafters"][0].pop("ranks"), "damaged"),
+        (lambda value: value.pop("lookup"), "damaged"),
+        (lambda value: value["lookup"].update(hits=[1]), "look-up counts are damaged"),
         (lambda value: value.update(drafters=[]), "incomplete"),
     ],
 )

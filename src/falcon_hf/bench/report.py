@@ -95,7 +95,7 @@ def describe(result: Result) -> str:
     asked = {(entry["question_id"], entry["seed"], entry["repeat"]) for entry in result["runs"]}
     drafters = [
         f"`{label}` is {method['drafter']} (weights {method['weights_sha256'][:12]}, k = {method['block_size']}, "
-        f"tree of {method['tree_nodes']} nodes, depth {method['tree_depth']})"
+        f"{_tree(method)})"
         for label, method in settings["methods"].items()
         if "weights_sha256" in method
     ]
@@ -120,6 +120,14 @@ def describe(result: Result) -> str:
         *([] if result["complete"] else [f"INCOMPLETE: {len(asked)} of {steps} done"]),
     ]
     return "; ".join(parts) + "."
+
+
+def _tree(method: dict[str, Any]) -> str:
+    size = f"tree of {method['tree_nodes']} nodes, depth {method['tree_depth']}"
+    if not isinstance(method.get("tree"), dict):
+        return size
+    looked_up = method.get("config", {}).get("lookup") is not None
+    return f"dynamic {size}{', with look-up' if looked_up else ''}"
 
 
 def _turns(count: int) -> str:

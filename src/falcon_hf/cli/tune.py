@@ -77,8 +77,11 @@ def tune(
     repeats: Annotated[int, typer.Option(min=1, help="Of each timed call.")] = 9,
     apply: Annotated[
         Path | None,
-        typer.Option(help="Write the best tree of the --drafter in this folder into its config."),
+        typer.Option(
+            help="Write the best tree of the --drafter in this folder into its config: as a dynamic one, with look-up."
+        ),
     ] = None,
+    static: Annotated[bool, typer.Option("--static", help="--apply writes the static tree, without look-up.")] = False,
     check: Annotated[
         Path | None, typer.Option(help="Measure settings beside plain generate() and store them with predictions.")
     ] = None,
@@ -125,7 +128,9 @@ def tune(
 
     Example: falcon-hf tune --prompts questions.jsonl --num-prompts 30 --output tune.json --apply my-drafter
     """
-    _refuse_ignored(command, simulated, cost_curves, check is not None, sweep)
+    _refuse_ignored(command, simulated, cost_curves, check is not None, sweep, apply is not None)
+    if static and dynamic:
+        fail("--static and --dynamic rule each other out.")
     try:
         if pictures is not None:
             need_matplotlib()  # before anything is measured for them
@@ -183,11 +188,11 @@ def tune(
             found = choose(calibration.options(), max_passes, max_nodes)
             ranked = fitting(found, max_nodes)
             best = ranked[0]
+            applied = None
             if apply is not None and not dynamic:
                 # The best tree of this drafter: another one's ranks and k are not its own.
                 own = next(one for one in ranked if one.drafter == receiver)
-                assert own.shape is not None
-                write_drafter_tree(apply, own.shape)
+                applied = _apply(apply, own, calibration, static or _draws_siblings(drafters, own.drafter))
             result = None
             if check is not None:
                 chosen = check_settings(calibration, best, plan, None if sweep else settings, dynamic)
@@ -203,7 +208,8 @@ def tune(
                 if apply is not None and dynamic:  # what a dynamic tree is worth is known by now, and only now
                     timed = [entry for entry in result["settings"] if entry["drafter"] == receiver]
                     fastest = max(timed, key=lambda entry: float(entry["measured"]["tokens_per_second"]))
-                    write_drafter_tree(apply, fastest["tree"])
+                    write_drafter_tree(apply, fastest["tree"], fastest["lookup"])
+                    applied = _words(fastest["tree"])
             if pictures is not None:
                 _draw(pictures, calibration, best, result if sweep else None)
     except (TuningError, BenchError, DrafterError) as error:
@@ -211,10 +217,12 @@ def tune(
     except KeyboardInterrupt:
         stderr.print("Stopped. A finished calibration and a begun --check are kept; the same command goes on.")
         raise typer.Exit(130) from None
-    _show(found, result, output, apply, as_json)
+    _show(found, result, output, applied and f"The best tree, {applied}, is now the tree of {apply}.", as_json)
 
 
-def _refuse_ignored(command: typer.Context, simulated: bool, cost_curves: bool, checks: bool, sweeps: bool) -> None:
+def _refuse_ignored(
+    command: typer.Context, simulated: bool, cost_curves: bool, checks: bool, sweeps: bool, applies: bool
+) -> None:
     """End the command if an option was given that what it does would not read."""
     every = {str(parameter.name) for parameter in command.command.params}
     if simulated:
@@ -223,6 +231,8 @@ def _refuse_ignored(command: typer.Context, simulated: bool, cost_curves: bool, 
         refuse_options(command, every - _CURVES, "not with --cost-curves, which times random weights alone")
     else:
         refuse_options(command, _PLANNED, "only with --simulate (--shape with --cost-curves too)")
+    if not applies:
+        refuse_options(command, {"static"}, "only with --apply")
     if not checks:
         refuse_options(command, _CHECKS, "needs --check FILE")
     elif sweeps:
@@ -230,7 +240,7 @@ def _refuse_ignored(command: typer.Context, simulated: bool, cost_curves: bool, 
 
 
 def _show(
-    found: list[Prediction], result: dict[str, Any] | None, output: Path, applied: Path | None, as_json: bool
+    found: list[Prediction], result: dict[str, Any] | None, output: Path, applied: str | None, as_json: bool
 ) -> None:
     if as_json:
         values = {"output": str(output), "predictions": [prediction_values(one) for one in found[:20]]}
@@ -242,7 +252,7 @@ def _show(
     if found[0].shape is None:
         stderr.print("No tree is predicted to beat plain decoding: this drafter does not pay here.", soft_wrap=True)
     if applied is not None:
-        stderr.print(f"The best tree is now the tree of {applied}.", soft_wrap=True)
+        stderr.print(applied, soft_wrap=True)
 
 
 def _draw(folder: Path, calibration: Calibration, best: Prediction, sweep: dict[str, Any] | None) -> None:
@@ -273,18 +283,38 @@ def _receiver(folder: Path, sources: list[str]) -> str:
     )
 
 
+def _apply(folder: Path, best: Prediction, calibration: Calibration, static: bool) -> str:
+    """Give the drafter in ``folder`` its best tree; returns what that is, in words.
+
+    A dynamic tree of the same size and look-up were faster uncompiled on all sets of ``docs/comparison.md``, and about
+    as fast compiled, all of it on one CPU. ``--dynamic --check`` measures both where it is to be used.
+    """
+    assert best.shape is not None
+    given = best if static else calibration.dynamic(best)
+    write_drafter_tree(folder, given.tree, given.lookup)
+    return _words(given.tree)
+
+
+def _words(tree: Any) -> str:
+    return "dynamic with look-up" if isinstance(tree, dict) else "static"
+
+
+def _draws_siblings(drafters: list[NamedDrafter], name: str) -> bool:
+    """Whether the drafter has the verifier 'rejection', which takes static trees alone."""
+    return any(named.name == name and named.drafter.config.verifier == "rejection" for named in drafters)
+
+
 def _refuse_rejection(drafters: list[NamedDrafter], receiver: str | None) -> None:
     """See that the drafter that may get a dynamic tree could sample with it.
 
     Raises:
         TuningError: if it could not.
     """
-    for named in drafters:
-        if named.name == receiver and named.drafter.config.verifier == "rejection":
-            raise TuningError(
-                f"The drafter in {receiver} has the verifier 'rejection', which takes no dynamic tree when sampling: "
-                'set "verifier": "follow" in its config.json, or leave out --dynamic.'
-            )
+    if receiver is not None and _draws_siblings(drafters, receiver):
+        raise TuningError(
+            f"The drafter in {receiver} has the verifier 'rejection', which takes no dynamic tree when sampling: "
+            'set "verifier": "follow" in its config.json, or leave out --dynamic.'
+        )
 
 
 def _drafter(source: str, target: Any) -> NamedDrafter:

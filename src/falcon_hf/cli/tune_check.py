@@ -57,7 +57,7 @@ def run_check(
         "prompts": {"sha256": prompts.sha256, "count": len(prompts.prompts)},
         "max_new_tokens": max_new_tokens,
         "repeats": repeats,
-        "settings": [[setting.drafter, setting.tree] for setting in settings],
+        "settings": [[setting.drafter, setting.tree, setting.lookup] for setting in settings],
     }
     file = CheckFile(path, plan)
     if file.result is not None:

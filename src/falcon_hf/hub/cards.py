@@ -19,6 +19,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..processor_name import processor_name
 from ..runtime.configuration_falcon_drafter import FalconDrafterConfig
+from ..runtime.dynamic_tree import DynamicTree
 from ..runtime.repo_card import USE, card_fields, describe
 from .errors import HubError
 
@@ -241,7 +242,10 @@ def _tree(config: FalconDrafterConfig) -> str:
     if config.tree is None:
         return "the paper's tree for this block size"
     if isinstance(config.tree, dict):
-        return ", ".join(f"{name} {value}" for name, value in config.tree.items())
+        tree = DynamicTree.from_config(config.tree, config.block_size)
+        passes = "one pass" if tree.passes == 1 else f"{tree.passes} passes"
+        looked_up = "" if config.lookup is None else ", candidates from the text among them"
+        return f"dynamic, {tree.nodes} nodes at most, in {passes}{looked_up}"
     return f"{len(config.tree)} nodes"
 
 

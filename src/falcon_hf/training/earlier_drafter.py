@@ -56,6 +56,8 @@ def earlier_drafter(
     config = drafter.config
     if plan.tree is not None:
         config.tree = plan.tree
+        if not isinstance(plan.tree, dict):
+            config.lookup = None  # it needs a dynamic tree
     # It is this target's from now on: what generate() compares.
     config.target_name_or_path = getattr(target.config, "_name_or_path", None) or None
     config.target_model_type = text.model_type

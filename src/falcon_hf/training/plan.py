@@ -29,7 +29,7 @@ class TrainingPlan:
         block_size: k.
         fusion: see [`FalconDrafterConfig`].
         draft_vocab_size: tokens drafted over; None for all of a small vocabulary, 8,192 of one above 16,384.
-        tree: paths of the drafter's tree, None for the paper's.
+        tree: the drafter's, paths or a dynamic one's entry; None for the paper's, or with ``init_from`` for its own.
         config: further fields of the drafter's config, such as ``num_hidden_layers``.
         target_layers: whether the decoder layers start as the target's last (see [`start_from_target_layers`]).
         init_from: folder or Hub repo of a drafter to go on from; its config is kept, but for the target's name, and the
@@ -49,7 +49,7 @@ class TrainingPlan:
     block_size: int = 2
     fusion: str = "linear"
     draft_vocab_size: int | None = None
-    tree: list[list[int]] | None = None
+    tree: list[list[int]] | dict[str, Any] | None = None
     config: dict[str, Any] = field(default_factory=dict)
     target_layers: bool = False
     init_from: str | None = None

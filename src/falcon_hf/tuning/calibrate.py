@@ -17,6 +17,7 @@ from .calibration import Calibration, DrafterRecord
 from .choice import predict
 from .cost_measurement import DRAFT_WIDTHS, VERIFY_NODES, time_drafts, time_verification
 from .errors import TuningError
+from .lookup_measurement import count_lookups
 from .rank_measurement import feature_layers, greedy_text, measure_ranks
 from .static_tree import best_tree
 from .whole_calls import drafting, mean_context, time_whole_calls
@@ -133,7 +134,7 @@ def calibrate(
     answered = [(text, prompt) for text, prompt in zip(texts, prompts, strict=True) if text.answer_length > 1]
     probes = sorted(answered, key=lambda pair: -pair[0].ids.shape[1])[:_PROBE_PROMPTS]
     context = mean_context([text for text, _ in probes])
-    bare = Calibration(provenance, tuple(records), verify_times, 0.0, context, 0.0, 0.0)
+    bare = Calibration(provenance, tuple(records), verify_times, 0.0, context, 0.0, 0.0, count_lookups(texts))
     (option, *_) = bare.options()
     k = option.model.block_size
     shapes = [best_tree(option.model, 8, k), best_tree(option.model, min(plan.nodes, 24), min(plan.passes, 2) * k)]

@@ -14,9 +14,10 @@ from .acceptance import RankRecord
 from .choice import Option, Prediction
 from .confidence import ConfidenceTables
 from .errors import TuningError
+from .lookup_measurement import LookupCounts
 from .monotone import Curve
 
-FORMAT = "falcon-hf-calibration/1"
+FORMAT = "falcon-hf-calibration/2"
 # Likeliest tokens of a law that a dynamic tree may choose from: more cost time in every round.
 _DYNAMIC_CANDIDATES = 10
 
@@ -73,6 +74,7 @@ class Calibration:
         walk_seconds: of choosing and committing one token of a Falcon round.
         round_seconds: of a Falcon round, all that is neither drafting, verification nor walk; below 0 where those
             curves overrate a round.
+        lookup: see [`LookupCounts`].
     """
 
     provenance: dict[str, Any]
@@ -82,6 +84,7 @@ class Calibration:
     plain_context: float
     walk_seconds: float
     round_seconds: float
+    lookup: LookupCounts
     format: str = field(default=FORMAT, init=False)
 
     def options(self, context: float | None = None) -> list[Option]:
@@ -93,7 +96,7 @@ class Calibration:
         ]
 
     def dynamic(self, prediction: Prediction, context: float | None = None) -> Prediction:
-        """The dynamic tree with a static one's numbers of passes, blocks and nodes, and this calibration's confidence.
+        """The dynamic tree with a static one's numbers of passes, blocks and nodes, and look-up, both as calibrated.
 
         How many tokens a round it makes is not predicted; it has to be measured.
 
@@ -115,8 +118,8 @@ class Calibration:
         if prediction.passes > 1:
             another = costs.draft_seconds((1, prediction.width)) - costs.draft_seconds((1,))
             others = costs.verify_seconds(prediction.nodes) + costs.rest_seconds(prediction.tokens)
-            entry["pass_cost"] = max(another / max(others, another), 1e-3)
-        return replace(prediction, kind="dynamic", dynamic=entry)
+            entry["pass_cost"] = max(another / max(others, another, 1e-9), 1e-3)
+        return replace(prediction, kind="dynamic", dynamic=entry, lookup=self.lookup.config_entry())
 
     def write(self, path: Path) -> None:
         """Write the file in one step.
@@ -126,6 +129,7 @@ class Calibration:
         """
         value = {name: getattr(self, name) for name in self.__dataclass_fields__}
         value["verify_times"] = [asdict(time) for time in self.verify_times]
+        value["lookup"] = asdict(self.lookup)
         value["drafters"] = [
             {
                 **{name: getattr(drafter, name) for name in drafter.__dataclass_fields__},
@@ -164,6 +168,7 @@ class Calibration:
                 drafters=drafters,
                 verify_times=tuple(VerifyTime(**time) for time in value["verify_times"]),
                 round_seconds=float(value["round_seconds"]),
+                lookup=LookupCounts.from_json(value["lookup"]),
                 **{name: _seconds(value[name]) for name in ("plain_seconds", "plain_context", "walk_seconds")},
             )
             for verify in calibration.verify_times:

@@ -144,7 +144,7 @@ def measure(
             tokens, seconds = plain_decoding(target, prompt.ids, options)
             return Measurement(1, tokens, seconds, tokens)
         setting = settings[index - 1]
-        counted = generate_with(target, by_name[setting.drafter], setting.tree, prompt.ids, new_tokens)
+        counted = generate_with(target, by_name[setting.drafter], setting.tree, prompt.ids, new_tokens, setting.lookup)
         seconds = counted.total_seconds - counted.prefill_seconds
         return Measurement(1, counted.new_tokens - 1, seconds, counted.rounds)
 
@@ -192,6 +192,7 @@ def compare(calibration: Calibration, settings: Sequence[Prediction], turns: Seq
                 "width": setting.width,
                 "nodes": setting.nodes,
                 "tree": setting.tree,
+                "lookup": setting.lookup,
                 "predicted": {
                     "tokens_per_round": setting.tokens,
                     "round_seconds": setting.round_seconds,

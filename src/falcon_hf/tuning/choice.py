@@ -76,6 +76,7 @@ class Prediction:
         speedup: over plain decoding.
         dynamic: the config entry of a dynamic tree that is meant instead of ``shape``, which then is the static one of
             its size that E and seconds are of.
+        lookup: the config's look-up beside a dynamic tree.
     """
 
     drafter: str
@@ -90,6 +91,7 @@ class Prediction:
     tokens_per_second: float
     speedup: float
     dynamic: dict[str, Any] | None = None
+    lookup: dict[str, Any] | None = None
 
     @property
     def tree(self) -> Any:

@@ -11,10 +11,13 @@ from .calibration import write_json
 from .errors import TuningError
 
 
-def write_drafter_tree(folder: Path, tree: TreeShape | dict[str, Any]) -> None:
-    """Make ``tree``, a shape or a dynamic tree's entry, the tree of the drafter in ``folder``.
+def write_drafter_tree(
+    folder: Path, tree: TreeShape | list[list[int]] | dict[str, Any], lookup: dict[str, Any] | None = None
+) -> None:
+    """Make ``tree``, static or a dynamic tree's entry, the tree of the drafter in ``folder``.
 
-    Of its ``config.json`` nothing else changes, but that a static tree has no ``lookup``, which needs a dynamic one.
+    Of its ``config.json`` nothing else changes but ``lookup``: a static tree has none, and with a dynamic one the
+    fields given here replace the drafter's own. Chances of acceptance are of matches from one token on.
 
     Raises:
         TuningError: if the folder holds no Falcon drafter, or cannot be written.
@@ -27,6 +30,12 @@ def write_drafter_tree(folder: Path, tree: TreeShape | dict[str, Any]) -> None:
     if not isinstance(config, dict) or config.get("model_type") != "falcon_drafter":
         raise TuningError(f"{folder} holds no Falcon drafter.")
     config["tree"] = [list(path) for path in tree.paths] if isinstance(tree, TreeShape) else tree
-    if isinstance(tree, TreeShape) and config.get("lookup") is not None:
-        config["lookup"] = None  # it needs a dynamic tree
+    own = config.get("lookup")
+    if not isinstance(tree, dict):
+        if own is not None:
+            config["lookup"] = None
+    elif lookup is not None:
+        config["lookup"] = {**(own or {}), **lookup}
+        if "acceptance" in lookup:
+            config["lookup"].pop("min_match", None)
     write_json(file, config, indent=2)

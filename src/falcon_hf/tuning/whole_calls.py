@@ -79,14 +79,19 @@ def time_whole_calls(
 
 
 def generate_with(
-    target: PreTrainedModel, drafter: FalconDrafter, tree: TreeShape | Any, prompt: torch.Tensor, max_new_tokens: int
+    target: PreTrainedModel,
+    drafter: FalconDrafter,
+    tree: TreeShape | Any,
+    prompt: torch.Tensor,
+    max_new_tokens: int,
+    lookup: dict[str, Any] | None = None,
 ) -> Any:
-    """``generate()`` greedily with a drafter and a tree, a shape or as a config has it; the config is back afterwards.
+    """``generate()`` greedily with a drafter, a tree, a shape or as a config has it, and look-up; the config stays.
 
     Returns:
         The call's ``GenerationStatistics``.
     """
-    with drafting(drafter, tree):
+    with drafting(drafter, tree, lookup):
         ids = prompt.to(target.device)
         target.generate(
             ids,
@@ -100,9 +105,9 @@ def generate_with(
 
 
 @contextmanager
-def drafting(drafter: FalconDrafter, tree: TreeShape | Any) -> Iterator[None]:
-    """Inside the block: the drafter has this tree, and fills it from its own laws alone, whatever its config said."""
-    fixed = {"tree": tree, "lookup": None, "verifier": "follow", "auto_off": False}
+def drafting(drafter: FalconDrafter, tree: TreeShape | Any, lookup: dict[str, Any] | None = None) -> Iterator[None]:
+    """Inside the block: the drafter has this tree and this look-up, none by default, whatever its config said."""
+    fixed = {"tree": tree, "lookup": lookup, "verifier": "follow", "auto_off": False}
     if isinstance(tree, TreeShape):
         fixed["tree"] = [list(path) for path in tree.paths]
     own = {name: getattr(drafter.config, name) for name in fixed}

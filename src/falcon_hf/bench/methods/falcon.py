@@ -19,7 +19,7 @@ from .base import Method, MethodContext
 # Fields of a drafter's config that a run may set: those that decide how it drafts and is verified. All others belong
 # to its weights or to its target, and another value would be another drafter.
 FIELDS = {
-    "lookup": "{} to continue repeated text too, with a dynamic tree; null not to",
+    "lookup": "{} to continue repeated text too, with a dynamic tree; null not to; a static tree has none",
     "verifier": "follow or rejection",
     "auto_off": "true or false: whether drafting pauses where it does not pay",
 }
@@ -53,7 +53,10 @@ class Falcon(Method):
         tree = context.tree
         if "tree" in settings:
             tree = named_tree(settings["tree"], self.drafter.config.block_size)
-        self._configure({**fields, **({} if tree is None else {"tree": tree})})
+        if tree is not None:
+            # The drafter's own look-up needs a dynamic tree.
+            fields = {**({} if isinstance(tree, dict) else {"lookup": None}), **fields, "tree": tree}
+        self._configure(fields)
         self.draws_as_plain = self.drafter.config.verifier == "follow"
         try:
             self.tree = drafter_tree(self.drafter)

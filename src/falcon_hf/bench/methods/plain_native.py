@@ -1,10 +1,11 @@
-"""Plain ``generate()`` with the products that Falcon verifies by: what of a speed is theirs, and what is drafting's."""
+"""Plain ``generate()`` with the products and norms that Falcon verifies by: what of a speed is theirs."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ...runtime.few_rows import FewRowProducts
+from ...runtime.few_rows import FewRowProducts, is_native_faster
+from ...runtime.native_kernel import DTYPES
 from ...runtime.native_products import has_native_products
 from ..errors import BenchError
 from .base import MethodContext, MethodResult
@@ -12,14 +13,19 @@ from .plain import Plain
 
 
 class PlainNative(Plain):
-    """One token a forward, multiplied by ``native_products.py``. Falcon without a draft is this."""
+    """One token a forward, multiplied by ``native_products.py``; so is a prompt of few tokens."""
 
     name = "plain_native"
 
     def __init__(self, label: str, context: MethodContext, settings: dict[str, str]) -> None:
         super().__init__(label, context, settings)
-        if context.target.device.type != "cpu" or not has_native_products():
-            raise BenchError(f"{label}: there is no kernel here; it needs a CPU with AVX2 and a C++ compiler.")
+        target = context.target
+        served = target.dtype in DTYPES and is_native_faster(target.dtype)
+        if target.device.type != "cpu" or not served or not has_native_products():
+            raise BenchError(
+                f"{label}: there is no kernel for {target.dtype} on this {target.device.type}; it needs a CPU with "
+                "AVX2 and a C++ compiler, and bfloat16 is left to a CPU that has instructions for it."
+            )
         self._products = FewRowProducts(self.target)
 
     def generate(self, ids: Any, options: dict[str, Any]) -> MethodResult:
