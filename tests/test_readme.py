@@ -20,14 +20,12 @@ RESULTS = (
     "mt-bench-float32-greedy",
     "gsm8k-float32-greedy",
     "humaneval-float32-greedy",
+    "mt-bench-bfloat16-greedy",
     "out-of-domain-float32-greedy",
     "mt-bench-float32-sampled",
     "mt-bench-float32-penalties",
-    "mt-bench-bfloat16-greedy",
     "mt-bench-float32-batch4",
     "mt-bench-float32-batch8",
-    "mt-bench-bfloat16-batch4",
-    "mt-bench-bfloat16-batch8",
 )
 # Those of docs/comparison.md, which are not of the shipped drafter alone.
 MEASUREMENTS = ROOT / "docs" / "measurements"

@@ -1,19 +1,18 @@
 """Products of weights with the few rows of a tree, on a CPU, where torch's own cost as much as those of many rows.
 
-A tree has 2 to 32 rows. Where there is a kernel for them (``native_products.py``) it is used. Else: BLAS copies the
+A tree has 2 to 32 rows. Where there is a kernel for them (``native_kernel.py``) it is used. Else: BLAS copies the
 weight of ``x W^T`` into an order of its own first, which pays from some dozens of rows on; of ``W x^T`` it copies the
 rows instead. Half precision without kernels is multiplied row by row; here slices of the weight are widened to float32
 while they are in the cache, multiplied, and the sums rounded once.
 
-Products of SmolLM2-135M-Instruct's weights in one forward, ms, 2 threads of an AMD EPYC of the third generation (AVX2),
-without the kernel:
+What that does to all products of one forward is measured in ``native_products.py`` for the kernel; without it, ms:
 
-| rows | 1 | 2 | 4 | 8 | 16 | 32 |
-|---|---|---|---|---|---|---|
-| float32, torch | 41 | 75 | 92 | 71 | 83 | 116 |
-| float32, here | | 28 | 31 | 49 | 60 | 95 |
-| bfloat16, torch | 16 | 29 | 56 | 109 | 219 | |
-| bfloat16, here | | 46 | 38 | 57 | 53 | |
+| rows | 1 | 2 | 4 | 6 | 8 | 16 | 32 |
+|---|---|---|---|---|---|---|---|
+| float32, torch | 39 | 65 | 78 | 71 | 69 | 84 | 115 |
+| float32, here | | 39 | 42 | 67 | 66 | 78 | 118 |
+| bfloat16, torch | 17 | 32 | 67 | 96 | 130 | | |
+| bfloat16, here | | | | 111 | 109 | 95 | 153 |
 
 The results are the same up to the rounding of the sums: ``tests/runtime/test_few_rows.py``.
 """

@@ -1,7 +1,6 @@
-"""Products with few rows in the graph of a compiled verification, by the kernel of ``native_products.py``.
+"""Products with few rows in the graph of a compiled verification, by the kernel of ``native_kernel.py``.
 
-Products of the same rows, such as those of queries, keys and values, become one call. Verification of four nodes by
-SmolLM2-135M-Instruct, float32, 2 threads of an AVX2 CPU, ms: 44 with torch's products (``few_row_graphs.py``), NN so.
+Products of the same rows, such as those of queries, keys and values, become one call.
 
 ``tests/runtime/test_native_product_graphs.py`` holds that the numbers are the same.
 """
@@ -9,16 +8,23 @@ SmolLM2-135M-Instruct, float32, 2 threads of an AVX2 CPU, ms: 44 with torch's pr
 from __future__ import annotations
 
 import functools
+import hashlib
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
+from torch.nn import functional as F
 
 from .few_row_graphs import few_row_products
-from .native_products import MULTIPLE, SOURCE_HASH, native_products
+from .few_rows import MOST_ROWS, is_native_faster
+from .native_kernel import DTYPES, MULTIPLE, SOURCE_HASH
+from .native_products import native_products
 
 _NAMESPACE = "falcon_hf"
+_SCHEMA = "(Tensor x, Tensor[] weights) -> Tensor[]"
+_NAME = f"few_rows_{hashlib.sha256(f'{SOURCE_HASH}{_SCHEMA}'.encode()).hexdigest()[:16]}"
 
 
 def make_products_native(graph: fx.Graph) -> int:
@@ -27,15 +33,11 @@ def make_products_native(graph: fx.Graph) -> int:
     Args:
         graph: of aten operations, each with its (fake) value in ``meta["val"]``; ``x [R, I]``, ``W [O, I]``.
     """
-    by_rows: dict[Any, list[tuple[fx.Node, fx.Node, fx.Node, list[Any]]]] = {}
-    for node, x, weight, bias in few_row_products(graph, (torch.float32, torch.bfloat16)):
-        if weight.meta["val"].shape[1] % MULTIPLE == 0 and weight.meta["val"].dtype == x.meta["val"].dtype:
-            by_rows.setdefault(_origin(x), []).append((node, x, weight, bias))
-    for products in by_rows.values():
+    found = 0
+    for products in _by_rows(graph):
         node, x, _, _ = products[0]
-        weights = [weight for _, _, weight, _ in products]
         with graph.inserting_before(node):
-            together = _call(graph, operation(), x, weights)
+            together = _call(graph, operation(), x, [weight for _, _, weight, _ in products])
             results = [_call(graph, operator.getitem, together, index) for index in range(len(products))]
         for result, (node, _, _, bias) in zip(results, products, strict=True):
             with graph.inserting_before(node):
@@ -43,7 +45,24 @@ def make_products_native(graph: fx.Graph) -> int:
                     result = _call(graph, torch.ops.aten.add.Tensor, result, added)
             node.replace_all_uses_with(result)
             graph.erase_node(node)
-    return sum(map(len, by_rows.values()))
+            found += 1
+    return found
+
+
+def _by_rows(graph: fx.Graph) -> list[list[tuple[fx.Node, Any, Any, list[Any]]]]:
+    """Products that the kernel should make, those of the same rows together.
+
+    A weight that the graph computes may come too late for the first of them, or of it: it is multiplied alone.
+    """
+    groups: dict[Any, list[tuple[fx.Node, Any, Any, list[Any]]]] = {}
+    dtypes = tuple(dtype for dtype in DTYPES if is_native_faster(dtype))
+    for product in few_row_products(graph, dtypes):
+        node, x, weight, _ = product
+        if weight.meta["val"].shape[1] % MULTIPLE or weight.meta["val"].dtype != x.meta["val"].dtype:
+            continue
+        given = weight.op in ("placeholder", "get_attr")
+        groups.setdefault(_origin(x) if given else node, []).append(product)
+    return list(groups.values())
 
 
 def _origin(x: fx.Node) -> Any:
@@ -53,16 +72,24 @@ def _origin(x: fx.Node) -> Any:
 
 @functools.cache
 def operation() -> Any:
-    """The kernel as an operation that a graph may hold. A drafter's own copy of this file finds it made already."""
-    name = f"few_rows_{SOURCE_HASH}"
-    if not hasattr(getattr(torch.ops, _NAMESPACE), name):
+    """The kernel as an operation that a graph may hold, and that a graph from the compiler's cache needs.
+
+    Where a drafter's own copy of this file has made it already, that is it.
+    """
+    if not hasattr(getattr(torch.ops, _NAMESPACE), _NAME):
         library = torch.library.Library(_NAMESPACE, "FRAGMENT")
         _libraries.append(library)
-        library.define(f"{name}(Tensor x, Tensor[] weights) -> Tensor[]", tags=(torch.Tag.needs_fixed_stride_order,))
-        library.impl(name, lambda x, weights: native_products(x, [weight.contiguous() for weight in weights]), "CPU")
-        fake = torch.library.register_fake(f"{_NAMESPACE}::{name}", lib=library)
+        library.define(f"{_NAME}{_SCHEMA}", tags=(torch.Tag.needs_fixed_stride_order,))
+        library.impl(_NAME, _products, "CPU")
+        fake = torch.library.register_fake(f"{_NAMESPACE}::{_NAME}", lib=library)
         fake(lambda x, weights: [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights])
-    return getattr(getattr(torch.ops, _NAMESPACE), name).default
+    return getattr(getattr(torch.ops, _NAMESPACE), _NAME).default
+
+
+def _products(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    if x.shape[0] > MOST_ROWS:  # a graph for any number of rows, made for few
+        return [F.linear(x, weight) for weight in weights]
+    return native_products(x, [weight.contiguous() for weight in weights])
 
 
 _libraries: list[torch.library.Library] = []  # an operation lives as long as its library

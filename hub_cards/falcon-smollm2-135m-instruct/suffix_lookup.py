@@ -74,22 +74,34 @@ class SuffixLookup:
             Tokens ``[B, length]`` of a chain behind the text, and the log chances ``[B, length]`` that the text goes on
             along it that far; -inf where there is no match.
         """
+        size = text.shape[1]
+        longest, best = self.longest_match(text)
+        steps = torch.arange(self.length, device=text.device)
+        period = (size - 1 - best).clamp_min(1)
+        tokens = text.gather(1, (best + 1 + steps % period).clamp_max(size - 1))
+        # Each accepted token makes the match one longer.
+        match = longest + steps
+        table = _log_table(self.acceptance, text.device)
+        chances = table[(match - self.min_match).clamp(0, len(self.acceptance) - 1)].cumsum(1)
+        return tokens, torch.where(match[:, :1] >= self.min_match, chances, -torch.inf)
+
+    def longest_match(self, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The longest earlier match of each row's end, of those the latest.
+
+        Args:
+            text: as for [`propose`].
+
+        Returns:
+            Its length ``[B, 1]``, M at most, 0 for none; and the place ``[B, 1]`` of its last token.
+        """
         size, longest = text.shape[1], self.min_match + len(self.acceptance) - 1
         windows = F.pad(text, (longest - 1, 0), value=-1).unfold(1, longest, 1)  # [B, T, M], each place's last M tokens
         same = (windows == windows[:, -1:]) & (windows >= 0)
         matches = same.flip(-1).int().cumprod(-1).sum(-1)  # [B, T], how many tokens before each place match the end
         places = torch.arange(size, device=text.device)
-        # The longest, of those the latest; the end itself does not count.
-        rank = torch.where(places < size - 1, matches * size + places, -1)
+        rank = torch.where(places < size - 1, matches * size + places, -1)  # the end itself does not count
         best = rank.argmax(-1, keepdim=True)
-        steps = torch.arange(self.length, device=text.device)
-        period = (size - 1 - best).clamp_min(1)
-        tokens = text.gather(1, (best + 1 + steps % period).clamp_max(size - 1))
-        # Each accepted token makes the match one longer.
-        match = matches.gather(1, best) + steps
-        table = _log_table(self.acceptance, text.device)
-        chances = table[(match - self.min_match).clamp(0, len(self.acceptance) - 1)].cumsum(1)
-        return tokens, torch.where(match[:, :1] >= self.min_match, chances, -torch.inf)
+        return matches.gather(1, best), best
 
 
 @functools.lru_cache(maxsize=64)

@@ -259,7 +259,7 @@ class TargetSession:
     def _helps(self, plain: bool) -> tuple[Any, ...]:
         """What makes a verification faster; of one token that is nothing but products of our own."""
         if plain:
-            return (self._few_rows,) if has_native_products() else ()
+            return (self._few_rows,) if self.target.device.type == "cpu" and has_native_products() else ()
         return self._few_rows, self._shared_heads, self._cache_room
 
     def _is_plain(self, tree: DraftTree) -> bool:

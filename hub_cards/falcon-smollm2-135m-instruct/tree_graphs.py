@@ -19,9 +19,10 @@ from torch import fx
 from transformers import PreTrainedModel
 
 from .few_row_graphs import turn_products
-from .few_rows import MOST_ROWS, PADDED_ROWS
-from .native_product_graphs import make_products_native
-from .native_products import SOURCE_HASH, has_native_products
+from .few_rows import MOST_ROWS, PADDED_ROWS, is_native_faster
+from .native_kernel import DTYPES, SOURCE_HASH
+from .native_product_graphs import make_products_native, operation
+from .native_products import has_native_products, native_products
 from .shared_head_graphs import share_heads
 
 
@@ -43,6 +44,8 @@ class TreeGraphs:
             return
         from torch._inductor import config
 
+        if has_native_products():
+            operation()  # a graph out of the compiler's cache calls it without being rewritten
         if config.post_grad_custom_pre_pass is None:
             config.post_grad_custom_pre_pass = _custom_pass()
 
@@ -66,13 +69,14 @@ def _custom_pass() -> Any:
         def __call__(self, graph: fx.Graph) -> None:
             if has_native_products():
                 make_products_native(graph)
-            elif torch.backends.mkl.is_available():  # the library that turned products are fast in
+            if torch.backends.mkl.is_available():  # the library that turned products are fast in
                 turn_products(graph)
             share_heads(graph)
 
         def uuid(self) -> Any:  # tells graphs in the compiler's cache apart from those without it
-            rewritings = (make_products_native, turn_products, share_heads)
-            files = (__file__, *(rewriting.__code__.co_filename for rewriting in rewritings))
-            return get_hash_for_files(files, f"{MOST_ROWS} {PADDED_ROWS} {has_native_products()} {SOURCE_HASH}")
+            used = (make_products_native, native_products, turn_products, share_heads, is_native_faster)
+            files = (__file__, *(function.__code__.co_filename for function in used))
+            native = has_native_products() and [str(dtype) for dtype in DTYPES if is_native_faster(dtype)]
+            return get_hash_for_files(files, f"{MOST_ROWS} {PADDED_ROWS} {native} {SOURCE_HASH}")
 
     return TreePass()
