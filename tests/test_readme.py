@@ -20,10 +20,10 @@ RESULTS = (
     "mt-bench-float32-greedy",
     "gsm8k-float32-greedy",
     "humaneval-float32-greedy",
-    "mt-bench-bfloat16-greedy",
     "out-of-domain-float32-greedy",
     "mt-bench-float32-sampled",
     "mt-bench-float32-penalties",
+    "mt-bench-bfloat16-greedy",
     "mt-bench-float32-batch4",
     "mt-bench-float32-batch8",
 )

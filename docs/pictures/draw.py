@@ -111,7 +111,7 @@ def trees() -> None:
         left,
         own,
         k,
-        f"The shipped drafter grows {len(grown)} a round,\nsuch as these; numbers are ranks in its law",
+        f"The shipped drafter: {len(grown)} nodes a round,\nsuch as these; numbers are ranks in its law",
         labels=True,
     )
     tree(right, paper, k, f"The paper's kind for k = {k}: {paper.size - 1} nodes", labels=False)
