@@ -17,9 +17,9 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from .few_row_graphs import few_row_products
-from .few_rows import MOST_ROWS, is_native_faster
-from .native_kernel import DTYPES, MULTIPLE, SOURCE_HASH
+from .few_row_graphs import call, few_row_products
+from .few_rows import MOST_ROWS, native_dtypes
+from .native_kernel import MULTIPLE, SOURCE_HASH
 from .native_products import native_products
 
 _NAMESPACE = "falcon_hf"
@@ -37,12 +37,12 @@ def make_products_native(graph: fx.Graph) -> int:
     for products in _by_rows(graph):
         node, x, _, _ = products[0]
         with graph.inserting_before(node):
-            together = _call(graph, operation(), x, [weight for _, _, weight, _ in products])
-            results = [_call(graph, operator.getitem, together, index) for index in range(len(products))]
+            together = call(graph, operation(), x, [weight for _, _, weight, _ in products])
+            results = [call(graph, operator.getitem, together, index) for index in range(len(products))]
         for result, (node, _, _, bias) in zip(results, products, strict=True):
             with graph.inserting_before(node):
                 for added in bias:
-                    result = _call(graph, torch.ops.aten.add.Tensor, result, added)
+                    result = call(graph, torch.ops.aten.add.Tensor, result, added)
             node.replace_all_uses_with(result)
             graph.erase_node(node)
             found += 1
@@ -55,8 +55,7 @@ def _by_rows(graph: fx.Graph) -> list[list[tuple[fx.Node, Any, Any, list[Any]]]]
     A weight that the graph computes may come too late for the first of them, or of it: it is multiplied alone.
     """
     groups: dict[Any, list[tuple[fx.Node, Any, Any, list[Any]]]] = {}
-    dtypes = tuple(dtype for dtype in DTYPES if is_native_faster(dtype))
-    for product in few_row_products(graph, dtypes):
+    for product in few_row_products(graph, native_dtypes()):
         node, x, weight, _ = product
         if weight.meta["val"].shape[1] % MULTIPLE or weight.meta["val"].dtype != x.meta["val"].dtype:
             continue
@@ -93,9 +92,3 @@ def _products(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> list[torch.Te
 
 
 _libraries: list[torch.library.Library] = []  # an operation lives as long as its library
-
-
-def _call(graph: fx.Graph, function: Any, *arguments: Any) -> fx.Node:
-    node = graph.call_function(function, arguments)
-    node.meta["val"] = function(*fx.map_arg(arguments, lambda own: own.meta["val"]))
-    return node

@@ -19,8 +19,8 @@ from torch import fx
 from transformers import PreTrainedModel
 
 from .few_row_graphs import turn_products
-from .few_rows import MOST_ROWS, PADDED_ROWS, is_native_faster
-from .native_kernel import DTYPES, SOURCE_HASH
+from .few_rows import MOST_ROWS, PADDED_ROWS, native_dtypes
+from .native_kernel import SOURCE_HASH
 from .native_product_graphs import make_products_native, operation
 from .native_products import has_native_products, native_products
 from .shared_head_graphs import share_heads
@@ -74,9 +74,9 @@ def _custom_pass() -> Any:
             share_heads(graph)
 
         def uuid(self) -> Any:  # tells graphs in the compiler's cache apart from those without it
-            used = (make_products_native, native_products, turn_products, share_heads, is_native_faster)
+            used = (make_products_native, native_products, turn_products, share_heads, native_dtypes)
             files = (__file__, *(function.__code__.co_filename for function in used))
-            native = has_native_products() and [str(dtype) for dtype in DTYPES if is_native_faster(dtype)]
+            native = has_native_products() and native_dtypes()
             return get_hash_for_files(files, f"{MOST_ROWS} {PADDED_ROWS} {native} {SOURCE_HASH}")
 
     return TreePass()

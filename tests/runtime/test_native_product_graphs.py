@@ -39,7 +39,7 @@ def weights(rows: int, size: int, dtype: torch.dtype) -> list[torch.Tensor]:
 @pytest.fixture(autouse=True)
 def no_instructions(monkeypatch):
     """As on a CPU without instructions for bfloat16."""
-    monkeypatch.setattr(native_product_graphs, "is_native_faster", lambda dtype: True)
+    monkeypatch.setattr(native_product_graphs, "native_dtypes", lambda: (torch.float32, torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -78,7 +78,7 @@ def test_a_weight_that_comes_later_is_multiplied_alone():
 
 
 def test_half_precision_is_left_to_a_cpu_that_has_instructions_for_it(monkeypatch):
-    monkeypatch.setattr(native_product_graphs, "is_native_faster", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(native_product_graphs, "native_dtypes", lambda: (torch.float32,))
     assert traced(*weights(4, 32, torch.bfloat16))[1] == 0
     assert traced(*weights(4, 32, torch.float32))[1] == 2
 

@@ -32,13 +32,13 @@ def turn_products(graph: fx.Graph) -> int:
         with graph.inserting_before(node):
             spare = PADDED_ROWS.get(rows, rows) - rows if isinstance(rows, int) else 0
             if spare:
-                x = _call(graph, _ops.constant_pad_nd.default, x, [0, 0, 0, spare])
-            product = _call(graph, _ops.mm.default, weight, _call(graph, _ops.permute.default, x, [1, 0]))
+                x = call(graph, _ops.constant_pad_nd.default, x, [0, 0, 0, spare])
+            product = call(graph, _ops.mm.default, weight, call(graph, _ops.permute.default, x, [1, 0]))
             if spare:
-                product = _call(graph, _ops.slice.Tensor, product, 1, 0, rows)
-            result = _call(graph, _ops.permute.default, product, [1, 0])
+                product = call(graph, _ops.slice.Tensor, product, 1, 0, rows)
+            result = call(graph, _ops.permute.default, product, [1, 0])
             for added in bias:
-                result = _call(graph, _ops.add.Tensor, result, added)
+                result = call(graph, _ops.add.Tensor, result, added)
         node.replace_all_uses_with(result)
         graph.erase_node(node)
         found += 1
@@ -73,8 +73,8 @@ def _is_turned(weight: Any) -> bool:
     return turned and bool(weight.args[0].meta["val"].is_contiguous())
 
 
-def _call(graph: fx.Graph, operation: Any, *arguments: Any) -> fx.Node:
+def call(graph: fx.Graph, operation: Any, *arguments: Any) -> fx.Node:
+    """A new node, with its (fake) value; arguments may be nodes and lists of them."""
     node = graph.call_function(operation, arguments)
-    values = [one.meta["val"] if isinstance(one, fx.Node) else one for one in arguments]
-    node.meta["val"] = operation(*values)
+    node.meta["val"] = operation(*fx.map_arg(arguments, lambda own: own.meta["val"]))
     return node

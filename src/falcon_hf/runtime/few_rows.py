@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 from .fused_norms import fused_norm
 from .half_precision import multiplies_fast
+from .native_kernel import DTYPES
 from .native_products import native_product, takes_natively
 
 MOST_ROWS = 32
@@ -127,6 +128,11 @@ def few_row_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
 def is_native_faster(dtype: torch.dtype) -> bool:
     """Whether a CPU's few-row products in ``dtype`` should be those of ``native_products.py``, where they can be."""
     return dtype == torch.float32 or not multiplies_fast(_CPU, dtype)
+
+
+def native_dtypes() -> tuple[torch.dtype, ...]:
+    """Those that the kernel multiplies and [`is_native_faster`] for."""
+    return tuple(filter(is_native_faster, DTYPES))
 
 
 def _turned(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...runtime.few_rows import FewRowProducts, is_native_faster
-from ...runtime.native_kernel import DTYPES
+from ...runtime.few_rows import FewRowProducts, native_dtypes
 from ...runtime.native_products import has_native_products
 from ..errors import BenchError
 from .base import MethodContext, MethodResult
@@ -20,8 +19,7 @@ class PlainNative(Plain):
     def __init__(self, label: str, context: MethodContext, settings: dict[str, str]) -> None:
         super().__init__(label, context, settings)
         target = context.target
-        served = target.dtype in DTYPES and is_native_faster(target.dtype)
-        if target.device.type != "cpu" or not served or not has_native_products():
+        if target.device.type != "cpu" or target.dtype not in native_dtypes() or not has_native_products():
             raise BenchError(
                 f"{label}: there is no kernel for {target.dtype} on this {target.device.type}; it needs a CPU with "
                 "AVX2 and a C++ compiler, and bfloat16 is left to a CPU that has instructions for it."
