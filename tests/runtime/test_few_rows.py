@@ -27,6 +27,9 @@ def no_kernel(monkeypatch):
 @pytest.fixture
 def no_half_kernels(monkeypatch):
     monkeypatch.setattr(few_rows, "multiplies_fast", lambda device, dtype: dtype == torch.float32)
+    few_rows.is_native_faster.cache_clear()
+    yield
+    few_rows.is_native_faster.cache_clear()
 
 
 @pytest.fixture

@@ -125,6 +125,7 @@ def few_row_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
     return y if bias is None else y + bias
 
 
+@functools.cache  # asked for each product; what a CPU has does not change
 def is_native_faster(dtype: torch.dtype) -> bool:
     """Whether a CPU's few-row products in ``dtype`` should be those of ``native_products.py``, where they can be."""
     return dtype == torch.float32 or not multiplies_fast(_CPU, dtype)
