@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ def test_a_new_file_and_its_folder(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "b.json").stat().st_mode & 0o777 == 0o644
 
 
-@pytest.mark.parametrize("broken", ["fdopen", "replace"], ids=["while writing", "when it is put in place"])
+@pytest.mark.parametrize("broken", ["write_text", "replace"], ids=["while writing", "when it is put in place"])
 def test_on_a_full_disk_the_old_one_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
     write_whole(tmp_path / "a", "old")
 
@@ -25,7 +24,7 @@ def test_on_a_full_disk_the_old_one_stays(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(os, broken, full)
+        patched.setattr(Path, broken, full)
         with pytest.raises(OSError, match="No space"):
             write_whole(tmp_path / "a", "new")
     assert (tmp_path / "a").read_text() == "old"

@@ -96,7 +96,7 @@ class FalconDrafterConfig(PreTrainedConfig):
         attention: False for k heads that see their block's pairs and nothing else, as Medusa's see the last feature:
             the baseline of a block without dependence. With k > 1 it needs block_mixing.
         correction_rank: None, or the inner width of a correction that conditions a position on the token chosen before
-            it in its block, which the k laws of a pass do not know otherwise. Measured in training, not drafted with.
+            it in its block, which the k laws of a pass do not know otherwise; later positions are drafted so corrected.
         draft_vocab_size: None to draft over all V tokens; otherwise only over that many, whose ids the checkpoint
             keeps (``FalconDrafter.draft_vocab_ids``). Never changes what is generated, only what is proposed.
         logit_scale, logit_softcap: the target's head scaling, logits = cap * tanh(scale * (h W^T) / cap).

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 
-def write_whole(path: Path | str, text: str) -> None:
-    """Write UTF-8 ``text`` to a file, whose folder is made if need be.
+@contextlib.contextmanager
+def whole_file(path: Path | str) -> Iterator[Path]:
+    """A file to write to, of a name of its own, that is renamed to ``path`` at the end; the folder is made if need be.
 
     Raises:
-        OSError: if it cannot be written; what was there is as it was.
+        OSError: if that cannot be done; after any error what was there is as it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    scratch = Path(name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(scratch, 0o644)  # mkstemp's own is private
-        os.replace(scratch, path)
+        yield scratch
+        scratch.chmod(0o644)  # mkstemp's own is private
+        scratch.replace(path)
     except BaseException:
-        Path(scratch).unlink(missing_ok=True)
+        scratch.unlink(missing_ok=True)
         raise
+
+
+def write_whole(path: Path | str, text: str) -> None:
+    """Write UTF-8 ``text`` to a file; as [`whole_file`]."""
+    with whole_file(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")

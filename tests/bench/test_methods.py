@@ -359,6 +359,10 @@ def test_assistant(chat_target: Any, assistant_folder: Path, ids: torch.Tensor) 
     assert (counts["rounds"], counts["accepted"]) == (4, 16)  # five tokens a round, the prefill's among them
     found = method.provenance()
     assert (found["tokens"], found["schedule"], found["parameters"]) == (4, "constant", chat_target.num_parameters())
+    usual = build_method(f"assistant:model={assistant_folder}", context).provenance()
+    assert usual["tokens"] > 0
+    assert usual["schedule"]
+    assert usual["confidence_threshold"] is not None
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 
 import datasets
 import pytest
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HTTPError
 
 from falcon_hf.bench import question_sets
 from falcon_hf.bench.errors import BenchError
@@ -104,6 +104,12 @@ def test_what_is_no_set(name: str, fault: str, tmp_path: Path, monkeypatch: pyte
         find_questions(name)
 
 
+def test_a_folder_of_a_sets_name_does_not_hide_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "everyday").mkdir()
+    assert find_questions("everyday").size == 24
+
+
 def test_the_hub_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise EntryNotFoundError("no such file")
@@ -118,6 +124,14 @@ def test_the_hub_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BenchError, match="no network") as caught:
         find_questions("mt-bench")
     assert "\n" not in str(caught.value)
+    for broken in ("hf_hub_download", None):
+
+        def proxy(*_: Any, **__: Any) -> None:
+            raise HTTPError("403 by a proxy")
+
+        monkeypatch.setattr(*((question_sets, broken, proxy) if broken else (datasets, "load_dataset", proxy)))
+        with pytest.raises(BenchError, match="403 by a proxy"):
+            find_questions("mt-bench" if broken else "gsm8k")
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(BenchError, match="A file in Spec-Bench format will do"):
         find_questions("gsm8k")

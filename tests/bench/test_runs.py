@@ -412,6 +412,45 @@ def test_a_method_that_may_fail_is_kept_as_a_finding(runner: Runner, chat_target
     assert "fast" in result["settings"]["methods"]
 
 
+def test_a_run_whose_methods_changed_does_not_go_on(runner: Runner, chat_target: Any) -> None:
+    """Or a method that answered half of the questions would be held against plain's time for all."""
+    failing = Uncompilable("fast", MethodContext(chat_target), {})
+    calls: list[str] = []
+
+    def fault(count: int) -> BaseException | None:
+        return KeyboardInterrupt() if count == 6 else None  # in the second question
+
+    with pytest.raises(KeyboardInterrupt):
+        runner(GREEDY, extra=(failing,), wrap=recording(calls, fault))
+
+    class Repaired(Uncompilable):
+        def arguments(self) -> dict[str, Any]:
+            return {}
+
+    with pytest.raises(BenchError, match=r"cannot go on: fast ran in only some of its sessions"):
+        runner(GREEDY, extra=(Repaired("fast", MethodContext(chat_target), {}),))
+    assert runner(GREEDY, extra=(failing,))["complete"]  # the control
+
+
+def test_what_makes_graphs_is_warmed_up_for_each_number_of_rows(runner: Runner, chat_target: Any) -> None:
+    """Three questions in batches of two: the last has one row, which is another graph."""
+    rows: list[int] = []
+
+    class Compiled(Method):
+        name = "compiled"
+        may_fail = True
+
+        def arguments(self) -> dict[str, Any]:
+            return {}
+
+        def generate(self, ids: Any, options: dict[str, Any]) -> MethodResult:
+            rows.append(len(ids))
+            return super().generate(ids, options)
+
+    runner(GREEDY, extra=(Compiled("compiled", MethodContext(chat_target), {}),), batch_size=2)
+    assert rows == [2, 1, 2, 1]
+
+
 def test_a_method_that_must_not_fail_ends_the_run(runner: Runner, chat_target: Any) -> None:
     class Broken(Uncompilable):
         may_fail = False

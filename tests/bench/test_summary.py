@@ -123,6 +123,17 @@ def test_a_batchs_questions_are_one_ratio_and_turns_are_summed() -> None:
     assert (ratio["count"], ratio["max"], ratio["min"]) == (2, 2.0, 1.5)
 
 
+def test_a_batch_is_one_ratio_though_a_later_turn_has_fewer_of_it() -> None:
+    entries = [
+        entry(method, question, seconds, 10, turn=turn, batch=batch, batch_of=1)
+        for method, seconds in (("plain", 1.0), ("fast", 0.5))
+        for turn, batch in enumerate(([1, 2], [2]))
+        for question in batch
+    ]
+    ratio = summarise(entries, ["plain", "fast"])["fast"]["speed_ratio"]
+    assert (ratio["count"], ratio["median"]) == (1, 2.0)
+
+
 def test_rows_count_their_own_rounds() -> None:
     """Of a batch with 6 rounds one row ended after 3: its tau is over 3, and the call's rounds are 6."""
     rows = [{"rounds": 3.0, "row_rounds": own, "accepted": 3, "new_tokens": own + 4} for own in (6, 3)]

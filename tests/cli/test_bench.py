@@ -99,11 +99,11 @@ def test_sampling_options_reach_generate(command: Command) -> None:
 
 
 def test_goes_on_or_refuses(command: Command) -> None:
-    assert command(methods="plain").exit_code == 0
+    assert command(methods="plain", drafter=None).exit_code == 0
     before = Path("result.json").read_bytes()
-    assert command(methods="plain").exit_code == 0
+    assert command(methods="plain", drafter=None).exit_code == 0
     assert Path("result.json").read_bytes() == before
-    other = command(methods="plain", max_new_tokens=7)
+    other = command(methods="plain", drafter=None, max_new_tokens=7)
     assert_one_line(other, "options.max_new_tokens: 6 there, 7 here")
     assert Path("result.json").read_bytes() == before
 
@@ -113,9 +113,9 @@ def test_the_default_device_is_cuda_where_there_is_one(
 ) -> None:
     """And the result says on which it was: without CUDA, on the CPU."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert command(methods="plain").exit_code == 0
+    assert command(methods="plain", drafter=None).exit_code == 0
     assert json.loads(Path("result.json").read_text())["settings"]["machine"]["device"] == "cpu"
-    assert command(methods="plain", device="cpu").exit_code == 0, "the same run"
+    assert command(methods="plain", drafter=None, device="cpu").exit_code == 0, "the same run"
     asked: list[torch.device] = []
 
     def load(name: str, dtype: torch.dtype, device: torch.device) -> None:
@@ -125,7 +125,7 @@ def test_the_default_device_is_cuda_where_there_is_one(
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("falcon_hf.cli.bench.load_target", load)
     monkeypatch.setattr("falcon_hf.cli.tune.load_target", load)
-    assert_one_line(command(methods="plain", output="other.json", dtype="float32"), "far enough")
+    assert_one_line(command(methods="plain", drafter=None, output="other.json", dtype="float32"), "far enough")
     questions = str(tmp_path / "none.jsonl")
     tuned = CliRunner().invoke(
         app, ["tune", "--prompts", questions, "--output", "t.json", "--drafter", "any", "--dtype", "float32"]
@@ -162,6 +162,7 @@ def assert_one_line(result: Result, fault: str) -> None:
         ({"drafter": None}, "Name the target's drafter: --drafter"),
         ({"tree": "absent.json"}, "tree file absent.json cannot be used: No such file"),
         ({"target": "./absent"}, "./absent"),
+        ({"methods": "plain"}, "no method of --methods would take it"),
         ({"seeds": "1,x"}, "whole numbers"),
         ({"seeds": "1,2"}, "Greedy decoding draws nothing"),
         ({"top_p": 0.9}, "need a --temperature"),
@@ -195,8 +196,14 @@ def test_report_refuses(command: Command, tmp_path: Path) -> None:
     assert_one_line(report("absent.json"), "absent.json cannot be read")
     (tmp_path / "notes.json").write_text("{}", encoding="utf-8")
     assert_one_line(report("notes.json"), "not a result")
-    assert command(methods="plain").exit_code == 0
+    assert command(methods="plain", drafter=None).exit_code == 0
+    assert "nothing was measured" in command(methods="plain", drafter=None).stderr
+    tree = tmp_path / "tree.json"
+    tree.write_text("[[0]]")
+    assert_one_line(command(methods="plain", drafter=None, tree=tree), "--tree: no method of --methods would take it")
     assert_one_line(report("result.json", "--check"), "add --update FILE")
+    assert_one_line(report("result.json", "--questions", "everyday"), "--questions: needs --sheet FILE")
+    assert_one_line(report("result.json", "--brief", "--json"), "--brief: not with --json")
     assert_one_line(report("result.json", "--update", "absent.md"), "absent.md cannot be updated")
     (tmp_path / "README.md").write_text("no markers", encoding="utf-8")
     assert_one_line(report("result.json", "--update", "README.md"), "README.md has no place for results")

@@ -47,6 +47,7 @@ def test_a_drafter_from_one_command(run, repos, text, tmp_path):
     assert result.stdout == ""
     for words in ("12 dialogues", "step 3/6", "held out: loss", "tokens a round", "pass 1, top 1 / 3 / 10", "saved to"):
         assert words in result.stderr
+    assert "falcon-hf tune" not in result.stderr  # it was given a tree
     drafter = FalconDrafter.from_pretrained(tmp_path)
     assert drafter.config.block_size == 3
     assert drafter.config.intermediate_size == 32
@@ -60,10 +61,12 @@ def test_a_drafter_from_one_command(run, repos, text, tmp_path):
     assert "another training" in other.stderr
     assert "block_size" in other.stderr
     assert "intermediate_size" in other.stderr
-    again = run(*command(repos, text, tmp_path, "--steps", 9, "--resume", *shape))
+    same = (*shape, "--warmup", 1, "--option", "rollout_weight=0.5", "--compute", "float32")
+    again = run(*command(repos, text, tmp_path, "--steps", 9, "--resume", *same))
     assert again.exit_code == 0, again.output
     assert "step 9/9" in again.stderr
     assert "step 6/9" not in again.stderr
+    assert "falcon-hf tune" in again.stderr
 
 
 def test_whatever_is_wrong_is_one_line(run, repos, text, tmp_path, no_hub):
@@ -79,6 +82,9 @@ def test_whatever_is_wrong_is_one_line(run, repos, text, tmp_path, no_hub):
     assert_refused(run(*command(repos, text, tmp_path, "--steps", 4, "--epochs", 2)), "--epochs: --steps says")
     assert_refused(run(*command(repos, text, tmp_path, "--features", "live", "--no-cached-laws")), "--cached-laws: not")
     assert_refused(run(*command(repos, text, tmp_path, "--rollout-passes", 1, "--rollout-start", 0.1)), "2 or more")
+    assert_refused(run(*command(repos, text, tmp_path, "--rollout-share", 0.5, "--option", "rollout_passes=1")), "2 or")
+    assert_refused(run(*command(repos, text, tmp_path, "--held-out", 0, "--eval-every", 9)), "nothing to evaluate")
+    assert_refused(run(*command(repos, text, tmp_path, "--glance-lambda", 0, "--first-pass-share", 0.5)), "first pass")
     started = ("--init-from", repos / "drafter", "--block-size", 2)  # the default, said aloud
     assert_refused(run(*command(repos, text, tmp_path, *started)), "--block-size: not with --init-from")
     parquet = tmp_path / "text.parquet"

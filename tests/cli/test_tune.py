@@ -165,6 +165,16 @@ def test_mt_bench_as_the_hub_has_it(tmp_path: Path) -> None:
         read_prompts(str(path), tokenizer)
 
 
+def test_prompts_with_a_mark_at_the_start_and_lines_of_unicode(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('\ufeff{"prompt": "One\u2028two?"}\n{"prompt": "Three?"}\n', encoding="utf-8")
+    first, _ = read_prompts(str(path), tokenizer).prompts
+    assert "One\u2028two?" in tokenizer.decode(first.ids[0])
+    (tmp_path / "prompts.txt").write_text("One\u2028two?\nThree?\n", encoding="utf-8")
+    assert len(read_prompts(str(tmp_path / "prompts.txt"), tokenizer).prompts) == 2
+
+
 def test_two_drafters_are_compared(run: Run, repos: Path, home: Path, tmp_path: Path, tiny_drafter: Any) -> None:
     from transformers import AutoModelForCausalLM
 

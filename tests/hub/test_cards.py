@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from pathlib import Path
@@ -158,6 +159,18 @@ def test_a_target_in_a_folder_is_no_base_model():
     source = small_source()
     source.config.target_name_or_path = "/data/my-target"
     assert ModelCard(build_card(source)).data.base_model is None
+
+
+def test_results_of_several_machines_are_told_apart():
+    """A model-index keeps one set of settings for what has one config."""
+    result = json.loads((FOLDERS[0] / "benchmarks" / "gsm8k-float32-greedy.json").read_text())
+    other = copy.deepcopy(result)
+    other["settings"]["machine"]["device"] = "NVIDIA H200"
+    entries = ModelCard(build_card(small_source(results=[result, other]))).data.eval_results
+    hardware = {entry.dataset_config: entry.dataset_args["hardware"] for entry in entries}
+    assert len(entries) == len({(entry.dataset_config, entry.metric_type) for entry in entries})
+    assert "H200" in hardware["float32, greedy (2)"]
+    assert "H200" not in hardware["float32, greedy"]
 
 
 def test_results_that_the_recipe_leaves_out(tmp_path):

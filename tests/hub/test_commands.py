@@ -52,6 +52,8 @@ class TestConvert:
         assert drafter.config.target_name_or_path == "Some-Org/Some-7B"
         assert "base_model: Some-Org/Some-7B" in (tmp_path / "ours" / "README.md").read_text()
         one_line(command("convert", theirs, tmp_path / "ours", "--target", "a/b"), "is not an empty folder")
+        forgotten = command("publish", tmp_path / "ours", "--create-pr", "--message", "x")
+        one_line(forgotten, "--create-pr, --message: needs a REPO to upload to")
 
     def test_problems_are_one_line(self, tmp_path):
         theirs = write(tmp_path / "theirs", settings(2), weights("lstm"))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
+from httpx import Request, Response
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError
 
 from falcon_hf import find_drafter
 from falcon_hf.hub import find
@@ -80,6 +83,29 @@ def test_offline_says_so(target, family, monkeypatch, tmp_path, caplog):
         find_drafter(target)
     assert "only what is on this machine was" in caplog.text
     assert find_drafter(target, [family]) == str(family / "b-own")
+
+
+def test_a_repo_that_cannot_be_looked_into_ends_no_search(target, family, monkeypatch, tmp_path):
+    """A gated one, or one without a config, among those with a drafter's tag."""
+
+    class Api:
+        def __init__(self, token=None):
+            pass
+
+        def list_models(self, filter, **_):
+            return [SimpleNamespace(id=f"org/{name}") for name in ("no-config", "gated", "b-own")]
+
+    def download(repo, file, token=None):
+        if repo == "org/no-config":
+            raise EntryNotFoundError("no config.json")
+        if repo == "org/gated":
+            raise GatedRepoError("ask first", response=Response(403, request=Request("GET", "https://localhost")))
+        return str(family / "b-own" / file)
+
+    monkeypatch.setattr(find.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(find, "HfApi", Api)
+    monkeypatch.setattr(find, "hf_hub_download", download)
+    assert find_drafter(target) == "org/b-own"
 
 
 SEARCH = """

@@ -11,6 +11,7 @@ import torch
 
 from falcon_hf import FalconCandidateGenerator, FalconDrafterConfig
 from falcon_hf.runtime import tree_growth
+from falcon_hf.runtime.candidate_generator import drafter_tree
 from falcon_hf.runtime.configuration_falcon_drafter import FUSIONS
 from falcon_hf.runtime.drafter_context import DrafterContext
 from falcon_hf.runtime.dynamic_tree import Calibration, DynamicTree, calibrated
@@ -193,6 +194,19 @@ def test_batch_text_is_plain_text(tiny_target, tiny_drafter, options, further):
     both(target, drafter, batch(), **(GREEDY | options))
 
 
+def test_larger_batches_get_fewer_nodes_a_row(tiny_target, tiny_drafter):
+    target = tiny_target(VOCAB)
+    text = prompt_ids(VOCAB, 6)
+    for fewer, sizes in (([], [16, 16, 16, 16]), ([[2, 9], [4, 3]], [16, 9, 9, 3])):
+        drafter = tiny_drafter(target, 2, tree=SPEC | {"candidates": 16, "batch_nodes": fewer})
+        assert drafter_tree(drafter).size == 17  # what a cache for all batches needs
+        for rows, size in enumerate(sizes, start=1):
+            seen: set[int] = set()
+            drafter.on_round = lambda tree, paths, seen=seen: seen.add(tree.size - 1)
+            assert_same_text(target, drafter, text.expand(rows, -1), max_new_tokens=24, do_sample=False)
+            assert max(seen) == size  # fewer where the text ends
+
+
 def test_sampled_batch_is_plain_text(tiny_target, tiny_drafter):
     target = tiny_target(VOCAB)
     drafter = tiny_drafter(target, 2, tree=SPEC | {"candidates": 16})
@@ -223,6 +237,20 @@ def test_a_dear_pass_is_left_out(tiny_target, tiny_drafter):
     assert depths[50.0] <= 2 < depths[0.01] == depths[None]
 
 
+@pytest.mark.parametrize(("nodes", "passes"), [(2, 1), (3, 2), (4, 2), (9, 3)])
+def test_passes_that_no_node_could_come_from_are_left_out(tiny_target, tiny_drafter, monkeypatch, nodes, passes):
+    """A tree of N nodes is no deeper than N."""
+    target = tiny_target(VOCAB)
+    features, tokens = committed(target, 6)
+    further: list[int] = []
+    plain = DrafterContext.tree_pass
+    monkeypatch.setattr(DrafterContext, "tree_pass", lambda self, *given: further.append(1) or plain(self, *given))
+    generator = FalconCandidateGenerator(tiny_drafter(target, 2, tree=SPEC | {"nodes": nodes}), target)
+    generator.append(features, tokens)
+    generator.draft(tokens[:, -1:], max_depth=99)
+    assert 1 + len(further) == passes
+
+
 @pytest.mark.parametrize("max_depth", [1, 2, 3, 5])
 def test_max_depth_is_kept(tiny_target, tiny_drafter, max_depth):
     target = tiny_target(VOCAB)
@@ -242,6 +270,12 @@ def test_calibration_is_linear_between_its_points():
     assert torch.allclose(chances[0, 0, 1], torch.tensor([0.1, 0.1, 0.55, 1.0]))
 
 
+WRONG_BATCH_NODES: list[Any] = [
+    *(4, [4], [[4]], [[4, 2, 1]], [[1, 4]], [[4, 9]], [[4, 0]], [[4, True]], [[4, 2], [4, 1]]),
+    *([[4, 2], [8, 3]], [["4", 2]], [[4, 2.0]], {"4": 2}),
+]
+
+
 @pytest.mark.parametrize(
     ("entry", "complaint"),
     [
@@ -252,6 +286,7 @@ def test_calibration_is_linear_between_its_points():
         ({"kind": "dynamic", "nodes": 8, "width": "four"}, "width"),
         ({"kind": "dynamic", "nodes": 8, "depth": 4}, "depth"),
         ({"kind": "dynamic", "nodes": 8, "pass_cost": -1}, "pass_cost"),
+        *(({"kind": "dynamic", "nodes": 8, "batch_nodes": pairs}, "batch_nodes") for pairs in WRONG_BATCH_NODES),
         ({"kind": "dynamic", "nodes": 8, "calibration": {"acceptance": []}}, "calibration"),
         ({"kind": "dynamic", "nodes": 8, "calibration": calibration(3)}, "block size"),
         (
@@ -266,7 +301,7 @@ def test_impossible_trees_are_errors(entry, complaint):
 
 
 def test_config_keeps_a_dynamic_tree(tmp_path):
-    tree = SPEC | {"calibration": calibration(2), "pass_cost": 0.1}
+    tree = SPEC | {"calibration": calibration(2), "pass_cost": 0.1, "batch_nodes": [[2, 9], [4, 3]]}
     FalconDrafterConfig(block_size=2, tree=tree).save_pretrained(tmp_path)
     assert FalconDrafterConfig.from_pretrained(tmp_path).tree == tree
 

@@ -107,6 +107,13 @@ def test_features_lie_beside_the_dialogues_and_survive_a_cut(target: Any, tmp_pa
         run(target, tmp_path, replace(settings, dialogues=10))
 
 
+def test_asking_for_fewer_than_there_are_changes_nothing(target: Any, tmp_path: Path) -> None:
+    run(target, tmp_path)
+    before = (tmp_path / "recipe.json").read_text()
+    assert run(target, tmp_path, replace(SETTINGS, dialogues=2)) == 0
+    assert (tmp_path / "recipe.json").read_text() == before
+
+
 @pytest.mark.parametrize("layers", [[3], [0, 99], [-1, 2]])
 def test_layers_that_are_not_there_are_refused_first(target: Any, tmp_path: Path, layers: list[int]) -> None:
     with pytest.raises(DistillationError, match=r"from 0 \(the embeddings\) to 2"):

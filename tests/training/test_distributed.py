@@ -18,6 +18,7 @@ from falcon_hf.training.arguments import FalconTrainingArguments
 from falcon_hf.training.batches import DialogueDataset
 from falcon_hf.training.process_group import end_process_group
 from falcon_hf.training.trainer import FalconTrainer
+from transformers import TrainerCallback
 import torch
 
 torch.set_num_threads(1)
@@ -25,16 +26,21 @@ folder, rows, share = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 target = make_tiny_target(24)
 drafter = make_tiny_drafter(target, 2, "linear", tree=[[0], [0, 0], [0, 0, 0]])
 args = FalconTrainingArguments(
-    output_dir=folder, max_steps=6, per_device_train_batch_size=rows, per_device_eval_batch_size=rows,
-    learning_rate=3e-3, warmup_steps=1, logging_steps=1, save_strategy="no", report_to="none", use_cpu=True,
-    disable_tqdm=True,
+    output_dir=folder, max_steps=int(sys.argv[5]), per_device_train_batch_size=rows, per_device_eval_batch_size=rows,
+    learning_rate=3e-3, warmup_steps=1, logging_steps=1, save_strategy="steps", save_steps=6, report_to="none",
+    use_cpu=True, disable_tqdm=True,
     ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
     rollout_passes=2, rollout_start=0.0, rollout_share=0.25,
     first_pass_share=share, seed=int(sys.argv[4]),
 )
 text = make_text(target, 32)
 trainer = FalconTrainer(drafter, args, target, DialogueDataset(text), DialogueDataset(make_text(target, 9, seed=4)))
-trainer.train()
+class StopAt(TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        control.should_training_stop = state.global_step == int(sys.argv[6])
+
+trainer.add_callback(StopAt())
+trainer.train(resume_from_checkpoint=sys.argv[7] == "resume")
 metrics = trainer.evaluate()
 if trainer.is_world_process_zero():
     curve = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -46,12 +52,21 @@ end_process_group()  # as `falcon-hf train` does at its end
 """
 
 
-def run(folder: Path, processes: int, rows: int, share: float, seed: int = 0) -> dict:
+def run(
+    folder: Path,
+    processes: int,
+    rows: int,
+    share: float,
+    seed: int = 0,
+    steps: int = 6,
+    stop: int = 0,
+    how: str = "new",
+) -> dict:
     script = folder / "script.py"
     script.write_text(SCRIPT)
     root = Path(__file__).parents[2]
     paths = [str(root), str(root / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    command = [sys.executable, str(script), str(folder), str(rows), str(share), str(seed)]
+    command = [sys.executable, str(script), str(folder), str(rows), str(share), *map(str, (seed, steps, stop)), how]
     if processes > 1:
         port = 29500 + os.getpid() % 2000
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
@@ -79,3 +94,17 @@ def test_two_processes_are_one(tmp_path, rows):
     # The controls: other draws, and all rows measured, are another curve.
     assert run(tmp_path, 1, rows, 0.125, seed=1)["curve"] != pytest.approx(one["curve"], rel=1e-2)
     assert run(tmp_path, 1, rows, 1.0)["curve"] != pytest.approx(one["curve"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_in_the_middle_of_an_epoch(tmp_path):
+    """With the order that this epoch has: 32 dialogues are four steps, and the checkpoint is of step 6."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    broken.mkdir()
+    expected = run(whole, 2, 4, 0.125, steps=10)
+    run(broken, 2, 4, 0.125, steps=10, stop=6)
+    resumed = run(broken, 2, 4, 0.125, steps=10, how="resume")
+    assert resumed["curve"] == pytest.approx(expected["curve"], rel=1e-6)
+    assert resumed["weights"] == pytest.approx(expected["weights"], rel=1e-6)
+    assert len(expected["curve"]) == 10

@@ -119,3 +119,17 @@ def test_features_go_to_disk_only_if_half_of_it_is_free(tiny_target, text_file, 
     kept = sum(path.stat().st_size for path in (tmp_path / "True" / "cache").rglob("*.safetensors"))
     assert asked == [asked[0]] * 2
     assert kept == pytest.approx(asked[0], rel=0.1)
+
+
+def test_laws_that_are_not_kept_need_no_room(tiny_target, text_file, tmp_path, monkeypatch):
+    """Those of a head with a softcap."""
+    target, said, asked = copy.deepcopy(tiny_target(VOCAB)), [], []
+    monkeypatch.setattr(feature_source, "cache_fits", lambda folder, size: asked.append(size) or True)
+    for softcap in (None, 30.0):
+        target.config.final_logit_softcapping = softcap
+        folder = tmp_path / str(softcap)
+        plan = plan_of(text_file, folder)
+        train_drafter(plan, arguments(folder, max_steps=1, eval_strategy="no"), target, report=said.append)
+    assert asked[1] < 0.6 * asked[0]
+    assert sum("not kept: its head has a softcap" in line for line in said) == 1
+    assert not list((tmp_path / "30.0" / "cache").glob("laws-*"))

@@ -169,6 +169,32 @@ def test_a_disk_that_fills_up(target, tiny_text, tmp_path, monkeypatch):
     assert len(build(tmp_path, target, tiny_text, shard_bytes=SHARD)) == len(tiny_text)
 
 
+def test_two_runs_may_fill_one_cache(target, tiny_text, tmp_path):
+    """The second begins, and ends, while the first is between two shards."""
+    second: list[FeatureCache] = []
+
+    def at_once(done, whole):
+        if not second:
+            second.append(None)
+            second[0] = build(tmp_path, target, tiny_text, shard_bytes=SHARD)
+
+    first = build(tmp_path, target, tiny_text, shard_bytes=SHARD, progress=at_once)
+    head = DraftHead(target.lm_head.weight.detach().bfloat16())
+    LawCache.build(first, head, lambda done, whole: LawCache.build(second[0], head))
+    assert all(torch.equal(first.rows(row), second[0].rows(row)) for row in (0, 20, 39))
+    assert all(not path.name.startswith(".") for path in tmp_path.rglob("*"))
+
+
+def test_laws_in_another_precision_are_others(target, tiny_text, tmp_path):
+    """A float32 copy of a head in bfloat16 has its values, but not its laws."""
+    cache = build(tmp_path, target, tiny_text)
+    half = DraftHead(target.lm_head.weight.detach().bfloat16())
+    whole = DraftHead(half.weight.float())
+    rounded, exact = (LawCache.build(cache, head).rows(3)["negentropy"] for head in (half, whole))
+    assert torch.allclose(exact, compute_laws(cache.rows(3).float(), whole).negentropy, atol=1e-6)
+    assert not torch.allclose(exact, rounded, atol=1e-6)
+
+
 def test_a_damaged_index(target, tiny_text, tmp_path):
     build(tmp_path, target, tiny_text)
     (tmp_path / "index.json").write_text("{")

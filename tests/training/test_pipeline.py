@@ -143,6 +143,46 @@ def test_a_resume_with_another_config_is_refused(tiny_target, text_file, tmp_pat
     train(text_file, target, tmp_path, resume=True, given={"max_steps": 5, "eval_strategy": "no"}, **free)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [{"learning_rate": 1e-4}, {"seed": 1}, {"noise": 0.2}, {"warmup_steps": 1}, {"gradient_accumulation_steps": 2}],
+)
+def test_a_resume_with_other_arguments_is_refused(tiny_target, text_file, tmp_path, given):
+    """They would be taken up in part: the optimizer's go on with the checkpoint's values."""
+    target, brief = tiny_target(VOCAB), {"max_steps": 4, "eval_strategy": "no"}
+    train(text_file, target, tmp_path, given=brief)
+    name = next(iter(given)).replace("gradient_accumulation_steps", "batch_size")
+    with pytest.raises(TrainingError, match=f": {name} changed"):
+        train(text_file, target, tmp_path, resume=True, given=brief | given)
+    free = {"max_steps": 5, "logging_steps": 1, "save_steps": 2, "vocabulary_chunk": 64}  # the control
+    train(text_file, target, tmp_path, resume=True, given=brief | free)
+
+
+def test_a_resume_from_another_drafter_is_refused(tiny_target, tiny_drafter, text_file, tmp_path):
+    """A checkpoint of low-rank additions has nothing else of what they are added to."""
+    target, brief = tiny_target(VOCAB), {"max_steps": 4, "eval_strategy": "no"}
+    for seed, name in enumerate(("first", "second")):
+        torch.manual_seed(seed)
+        train(text_file, target, tmp_path / name, given=brief | {"seed": seed})
+    first, second = (str(tmp_path / name / "drafter") for name in ("first", "second"))
+    train(text_file, target, tmp_path, given=brief, init_from=first, lora_rank=2, tree=None)
+    longer = brief | {"max_steps": 5}
+    with pytest.raises(TrainingError, match=": init_from changed"):
+        train(text_file, target, tmp_path, resume=True, given=longer, init_from=second, lora_rank=2, tree=None)
+    train(text_file, target, tmp_path, resume=True, given=longer, init_from=first, lora_rank=2, tree=None)
+
+
+def test_fsdp_on_a_cpu_is_refused_rather_than_left_out(tiny_target, text_file, tmp_path):
+    with pytest.raises(TrainingError, match="accelerate would leave fsdp out"):
+        train(text_file, tiny_target(VOCAB), tmp_path, given={"fsdp": "full_shard"})
+
+
+def test_a_rollout_that_cannot_be_is_refused_before_anything_is_computed(tiny_target, text_file, tmp_path):
+    with pytest.raises(TrainingError, match="rollout_passes=1"):
+        train(text_file, tiny_target(VOCAB), tmp_path, given={"rollout_passes": 2}, fusion="lstm")
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_note_of_an_earlier_version_has_fewer_fields(tiny_target, text_file, tmp_path):
     target = tiny_target(VOCAB)
     train(text_file, target, tmp_path, given={"max_steps": 4, "eval_strategy": "no"})

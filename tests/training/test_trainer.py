@@ -237,6 +237,28 @@ def test_killed_and_resumed_is_the_same_curve(tiny_target, tiny_drafter, tiny_te
     assert losses(other) != losses(whole)
 
 
+def test_what_was_seen_and_taken_is_counted_over_a_resume(tiny_target, tiny_drafter, tiny_text, tmp_path):
+    """Between two logs too."""
+    target = tiny_target(VOCAB)
+    given = {"max_steps": 9, "save_strategy": "steps", "save_steps": 3, "logging_steps": 50}
+    whole = train(fresh(tiny_drafter, target), target, tiny_text, tmp_path / "whole", **given)
+    broken = FalconTrainer(
+        fresh(tiny_drafter, target),
+        arguments(tmp_path / "broken", **given),
+        target,
+        DialogueDataset(tiny_text),
+        callbacks=[KillAt(7)],
+    )
+    with pytest.raises(KilledError):
+        broken.train()
+    (saved,) = [entry for entry in broken.state.log_history if entry["step"] == 6 and "seconds" in entry]
+    often = given | {"logging_steps": 1}
+    resumed = train(fresh(tiny_drafter, target), target, tiny_text, tmp_path / "broken", resume=True, **often)
+    assert resumed.positions_seen == whole.positions_seen
+    assert resumed.seconds > saved["seconds"] > 0
+    assert list(losses(resumed)) == [7, 8, 9]  # logged as often as is asked for now
+
+
 def test_features_on_the_fly_are_the_cached_ones(tiny_target, tiny_drafter, tiny_text, tmp_path):
     """The same curve; the tolerance is the cache's bfloat16."""
     target = tiny_target(VOCAB)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from falcon_hf import TreeShape
 from falcon_hf.runtime.tree_shape import chain
-from falcon_hf.tuning.acceptance import ParametricAcceptance
-from falcon_hf.tuning.choice import Option, choose, grid, node_grid, predict
+from falcon_hf.tuning.acceptance import AcceptanceModel, ParametricAcceptance
+from falcon_hf.tuning.choice import Option, batch_nodes, choose, grid, node_grid, predict
 from falcon_hf.tuning.errors import TuningError
 from falcon_hf.tuning.static_tree import widths
 
@@ -109,6 +109,42 @@ def test_prediction_adds_up():
     expected = sum(0.1 + 0.02 * width for width in blocks) + 1 + 0.01 * (shape.size - 1) + 0.05
     assert prediction.round_seconds == pytest.approx(expected + 0.001 * prediction.tokens)
     assert (prediction.passes, prediction.width, prediction.nodes) == (3, max(blocks), shape.size)
+
+
+def test_batches_get_the_size_that_is_fastest_for_them():
+    model = ParametricAcceptance(2, 2, 0.6, 0.8)
+    option = Option("d", model, LinearCosts(each_node=0.03))
+    best, *others = choose([option], 1, 16)
+    all_trees = [best, *others]
+    found = batch_nodes(option, best, 999)
+    assert len(found) >= 2
+    sizes = [best.nodes - 1] + [nodes for _, nodes in found]
+    assert sizes == sorted(set(sizes), reverse=True)
+
+    def rate(rows: int, size: int) -> float:
+        tree = max((one for one in all_trees if one.nodes == size + 1), key=lambda one: one.tokens)
+        seconds = 0.1 + option.costs.verify_seconds(rows * tree.nodes) + option.costs.rest_seconds(rows * tree.tokens)
+        return tree.tokens / seconds
+
+    for rows, nodes in found:
+        assert max(range(1, best.nodes), key=lambda size, rows=rows: rate(rows, size)) == nodes
+    assert batch_nodes(Option("d", model, LinearCosts(each_node=0)), best, 999) == []  # the control: nodes for nothing
+    assert batch_nodes(option, best, 2 * best.nodes) == [pair for pair in found if pair[0] == 2]  # as far as timed
+    hopeless = AcceptanceModel(2, [[[0.0, 0.0]] * 2] * 2)
+    assert batch_nodes(Option("d", hopeless, option.costs), best, 999) == []
+
+
+def test_batches_pay_for_the_passes_that_run():
+    """A tree of two nodes is drafted in one pass of a dynamic tree that has two, so it does not pay for the second."""
+    model = ParametricAcceptance(2, 4, 0.7, 0.9)
+    option = Option("d", model, LinearCosts(each_block=0.02, each_node=0.03))
+    best = choose([option], 2, 16)[0]
+    assert (best.passes, best.width) > (1, 1)
+    (rows, nodes), *_ = [pair for pair in batch_nodes(option, best, 999) if pair[1] <= 2]
+    dear = Option("d", model, LinearCosts(each_block=9.0, each_node=0.03))
+    assert batch_nodes(dear, best, 999)[0] == [2, 2]  # where a block costs more than all else
+    assert rows > 2
+    assert nodes == 2
 
 
 def test_grid_has_a_setting_for_each_cell():

@@ -12,8 +12,9 @@ from falcon_hf import FalconCandidateGenerator, TreeShape
 from falcon_hf.runtime.dynamic_tree import DynamicTree
 from falcon_hf.runtime.target import family
 from falcon_hf.runtime.tree_shape import chain
+from falcon_hf.tuning import calibrate as calibrate_module
 from falcon_hf.tuning.calibrate import CalibrationPlan, NamedDrafter, Prompt, calibrate
-from falcon_hf.tuning.calibration import Calibration
+from falcon_hf.tuning.calibration import Calibration, VerifyTime
 from falcon_hf.tuning.check import compare, measure, spread_settings, sweep_settings
 from falcon_hf.tuning.check_file import CheckFile, read_check
 from falcon_hf.tuning.choice import choose
@@ -253,9 +254,18 @@ def test_dynamic_trees_take_the_calibration(calibrated):
     result = compare(calibration, [dynamic], measure(target, drafters, prompts, [dynamic], 10))
     assert result["settings"][0]["measured"]["tokens_per_round"] >= 1
     assert result["settings"][0]["error"] is result["summary"]["median_error"] is None
+    costs = dataclasses.replace(calibration, verify_times=tuple(VerifyTime(8, n, 0.1 * n) for n in (1, 2, 64)))
+    assert costs.dynamic(setting).tree["batch_nodes"]  # where each node costs what a token does
     plain = next(one for one in choose(calibration.options(), 1, 4) if one.shape is None)
     with pytest.raises(TuningError, match="no tree"):
         calibration.dynamic(plain)
+
+
+def test_a_drafter_that_never_hits_is_calibrated_too(calibrated, monkeypatch):
+    target, drafters, prompts, _, _ = calibrated
+    monkeypatch.setattr(calibrate_module, "best_tree", lambda *_: None)
+    plan = CalibrationPlan(max_new_tokens=8, passes=1, nodes=4, contexts=(8,), repeats=1)
+    assert calibrate(target, drafters, prompts[:1], plan, {}).plain_seconds > 0
 
 
 def test_unknown_drafters_and_no_prompts_are_refused(calibrated):

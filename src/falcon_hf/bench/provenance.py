@@ -15,6 +15,8 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from ..runtime.native_kernel import SOURCE_HASH
+from ..runtime.native_products import has_native_products
 from ..runtime.target import fingerprint
 from ..version import __version__
 
@@ -30,8 +32,9 @@ def versions() -> dict[str, str]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """CPU, cores, threads torch uses, and the accelerator if the target is on one."""
+    """CPU, cores, threads torch uses, which kernel for few rows, and the accelerator if the target is on one."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    kernel = {"few_rows": SOURCE_HASH if has_native_products() else None} if device.type == "cpu" else {}
     return {
         "cpu": cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -39,6 +42,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": name,
         "system": platform.platform(),
+        **kernel,
     }
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError
 
 from .errors import BenchError, first_line
 from .questions import Question, QuestionSet, read_question_file
@@ -31,7 +31,7 @@ def find_questions(source: str) -> QuestionSet:
     Raises:
         BenchError: if there is no such set, it cannot be had, or it is not in Spec-Bench format.
     """
-    if Path(source).exists() or (Path(source).suffix in (".jsonl", ".json") and ":" not in source):
+    if Path(source).is_file() or (Path(source).suffix in (".jsonl", ".json") and ":" not in source):
         return read_question_file(source)
     if source in NAMES:
         return NAMES[source](source)
@@ -48,7 +48,7 @@ def _hub_file(name: str, repo: str, file: str) -> QuestionSet:
     """A jsonl file of a Hub dataset, downloaded or from the cache."""
     try:
         path = hf_hub_download(repo, file, repo_type="dataset", etag_timeout=_HUB_TIMEOUT)
-    except (HfHubHTTPError, EntryNotFoundError, HFValidationError, OSError, ValueError) as error:
+    except (HTTPError, EntryNotFoundError, HFValidationError, OSError, ValueError) as error:
         raise BenchError(f"The Hub does not give {file} of the dataset {repo}: {first_line(error)}") from error
     found = read_question_file(path)
     return QuestionSet(name, found.questions, found.sha256, found.size)
@@ -62,7 +62,7 @@ def _rows(name: str, repo: str, config: str) -> Any:
         raise BenchError(f"The set {name} needs the package datasets: pip install 'falcon_hf[bench]'.") from error
     try:
         return load_dataset(repo, config, split="test")
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except (HTTPError, OSError, ValueError) as error:
         raise BenchError(
             f"The dataset {repo} cannot be had: {first_line(error)} A file in Spec-Bench format will do as well."
         ) from error

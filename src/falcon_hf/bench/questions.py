@@ -77,6 +77,17 @@ def read_question_file(path: Path | str) -> QuestionSet:
     return QuestionSet.of(path.name, questions, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
+def read_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 file, which may begin with a byte order mark.
+
+    They end at line feeds alone: JSON strings, and prompts, may hold the line separators of Unicode as they are.
+
+    Raises:
+        OSError, UnicodeDecodeError: if it cannot be read as such.
+    """
+    return path.read_text(encoding="utf-8-sig").split("\n")
+
+
 def read_questions(path: Path | str) -> list[Question]:
     """Read the questions of a jsonl file. Empty lines are skipped.
 
@@ -86,8 +97,7 @@ def read_questions(path: Path | str) -> list[Question]:
     """
     path = Path(path)
     try:
-        # Not splitlines(): JSON strings may hold the line separators of Unicode as they are. And some begin with a BOM.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        lines = read_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise BenchError(f"The question file {path} cannot be read: {_reason(error)}.") from error
     questions: list[Question] = []

@@ -105,6 +105,11 @@ def describe(result: Result) -> str:
         for label, method in settings["methods"].items()
         if method.get("method") == "assistant"
     ]
+    drafters += [
+        f"`{label}` compiles in mode {method['mode']}"
+        for label, method in settings["methods"].items()
+        if method.get("mode", "default") != "default"
+    ]
     parts = [
         f"{target['name']}, {target['dtype']}, {target['attention']} attention",
         f"{where}{processor_name(machine)}, {_counted(machine['threads'], 'thread')}",
@@ -126,6 +131,8 @@ def _tree(method: dict[str, Any]) -> str:
     size = f"tree of {method['tree_nodes']} nodes, depth {method['tree_depth']}"
     if not isinstance(method.get("tree"), dict):
         return size
+    for rows, nodes in method["tree"].get("batch_nodes", []):
+        size += f", of {nodes} in batches of {rows} or more"
     looked_up = method.get("config", {}).get("lookup") is not None
     return f"dynamic {size}{', with look-up' if looked_up else ''}"
 

@@ -102,6 +102,17 @@ class RunPlan:
         questions = self.questions.questions
         return [questions[start : start + self.batch_size] for start in range(0, len(questions), self.batch_size)]
 
+    def row_counts(self) -> set[int]:
+        """Numbers of rows that calls have: the last batch, and later turns, may have fewer."""
+        turns = (
+            sum(self.asked(one) > turn for one in batch) for batch in self.batches() for turn in self.batch_turns(batch)
+        )
+        return set(turns)
+
+    def batch_turns(self, batch: Sequence[Question]) -> range:
+        """The turns that at least one question of a batch is asked."""
+        return range(max(self.asked(one) for one in batch))
+
 
 def run(
     target: PreTrainedModel,
@@ -134,7 +145,14 @@ def run(
     result.write()  # now rather than after the first question: an output that cannot be written is known at once
     batches = plan.batches()
     prompts = [prompt_ids(tokenizer, question) for question in batches[0]]
-    methods, result.content["failed"] = _warm_up(methods, prompts, options, plan, longest)
+    methods, failed = _warm_up(methods, prompts, options, plan, longest)
+    if done and set(failed) != set(result.content["failed"]):
+        changed = ", ".join(sorted(set(failed) ^ set(result.content["failed"])))
+        raise BenchError(
+            f"{output} cannot go on: {changed} ran in only some of its sessions, so that its figures would be of other "
+            "questions; choose another --output, or delete it."
+        )
+    result.content["failed"] = failed
     caller = _Caller(target, tokenizer, methods, options, plan)
     with _progress(show_progress) as progress:
         task = progress.add_task("Benchmark", total=plan.repeats * len(plan.seeds) * len(batches))
@@ -208,6 +226,9 @@ def _warm_up(
             # One that may fail is tried in any case, or it would fail in the middle of the run.
             for _ in range(max(plan.warmup, int(method.may_fail))):
                 _call(method, prompts, short)
+            if method.may_fail:  # it makes a graph for each number of rows
+                for rows in plan.row_counts() - {len(prompts)}:
+                    _call(method, (prompts * rows)[:rows], short)
             running.append(method)
         except RuntimeError as error:
             if not method.may_fail:
@@ -245,7 +266,7 @@ class _Caller:
     def ask(self, batch: Sequence[Question], seed: int, repeat: int, first: int) -> Iterator[dict[str, Any]]:
         """The entries of a batch, one a question, turn and method; method ``first`` (modulo) begins."""
         answers: dict[int | str, list[str]] = {question.question_id: [] for question in batch}
-        for turn in range(max(self.plan.asked(question) for question in batch)):
+        for turn in self.plan.batch_turns(batch):
             members = [question for question in batch if self.plan.asked(question) > turn]
             prompts = [prompt_ids(self.tokenizer, one, answers[one.question_id]) for one in members]
             start = (first + turn) % len(self.methods)
@@ -257,6 +278,7 @@ class _Caller:
             where: dict[str, Any] = {"turn": turn, "seed": seed, "repeat": repeat}
             if self.plan.batch_size > 1:
                 where["batch"] = [question.question_id for question in members]
+                where["batch_of"] = batch[0].question_id  # the same in all turns
             for row, question in enumerate(members):
                 answers[question.question_id].append(self._text(history.rows[row]).strip())
                 yield from self._entries(question, prompts[row], row, where, calls)

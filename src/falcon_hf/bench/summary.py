@@ -53,7 +53,8 @@ def speed_ratios(entries: list[Entry], plain: list[Entry]) -> list[float]:
     def speeds(given: list[Entry]) -> dict[int | str, float]:
         questions: dict[int | str, list[Entry]] = {}
         for entry in given:
-            questions.setdefault(entry.get("batch", [entry["question_id"]])[0], []).append(entry)
+            key = entry.get("batch_of", entry.get("batch", [entry["question_id"]])[0])
+            questions.setdefault(key, []).append(entry)
         return {key: _sum(own, "new_tokens") / _sum(own, "seconds") for key, own in questions.items()}
 
     baseline = speeds(plain)

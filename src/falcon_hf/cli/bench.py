@@ -113,11 +113,13 @@ def bench(
             batch_size,
         )  # fmt: skip
         paths = None if tree is None else read_tree(tree)
-        if output.exists():
-            read_result(output)  # a file that is something else is refused before the target is loaded
+        # A file that is something else is refused before the target is loaded.
+        stored = read_result(output) if output.exists() else None
         where = parse_device(device)
         parsed = parse_dtype(dtype, where)
         source = _drafter(drafter, target, specs)
+        if paths is not None and not any(spec.method.takes("tree") and "tree" not in spec.settings for spec in specs):
+            raise BenchError("--tree: no method of --methods would take it.")
         set_threads(threads)
         with quiet():
             model, tokenizer = load_target(target, parsed, where)
@@ -130,6 +132,8 @@ def bench(
     except KeyboardInterrupt:
         stderr.print(f"Stopped. What was done is in {output}; the same command goes on.", soft_wrap=True)
         raise typer.Exit(130) from None
+    if stored is not None and stored["complete"]:
+        stderr.print(f"{output} was complete already: nothing was measured.", soft_wrap=True)
     if as_json:
         shown = {key: value for key, value in result.items() if key != "runs"}
         print_json({"output": str(output), **shown})
@@ -142,6 +146,8 @@ def bench(
 def _drafter(given: str | None, target: str, specs: list[MethodSpec]) -> str | None:
     """The drafter for methods that name none themselves, known to be there; None if no method needs it."""
     if not any(spec.method.needs_drafter and "drafter" not in spec.settings for spec in specs):
+        if given is not None:
+            raise BenchError(f"--drafter {given}: no method of --methods would take it.")
         return None
     if given is None and target == DEMO:
         given = find_demo_drafter()

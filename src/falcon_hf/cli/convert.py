@@ -26,7 +26,10 @@ def convert(
     *,
     target: Annotated[str, typer.Option(help="The model it was trained for, as on the Hub (organisation/name).")],
     fusion: Annotated[
-        str | None, typer.Option(help="lstm or lstm_stateless, for Falcon checkpoints; judged from them by default.")
+        str | None,
+        typer.Option(
+            help="lstm or lstm_stateless, for Falcon checkpoints; the latter by default, saying how sure that is."
+        ),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; else as stored.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of the Hub repo.")] = None,

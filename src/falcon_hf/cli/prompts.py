@@ -10,6 +10,7 @@ from typing import Any
 
 from ..bench.errors import BenchError
 from ..bench.question_sets import find_questions
+from ..bench.questions import read_lines
 from ..tuning.calibrate import Prompt
 from ..tuning.errors import TuningError
 from .answer import encode
@@ -67,7 +68,7 @@ def read_prompts(source: str, tokenizer: Any, limit: int | None = None) -> Promp
 def _lines(path: Path) -> list[str]:
     """The lines of a file, without empty ones."""
     try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line for line in read_lines(path) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise TuningError(f"The prompts {path} cannot be read: {reason}.") from error

@@ -13,10 +13,11 @@ from ..bench.report import BEGIN, END, render
 from ..bench.result_file import read_result
 from ..hub import publish as publishing
 from ..hub.errors import HubError
-from .console import fail, quiet, stderr
+from .console import fail, quiet, refuse_options, stderr
 
 
 def publish(
+    command: typer.Context,
     folder: Annotated[Path, typer.Argument(help="The drafter: what save_pretrained or falcon-hf train wrote.")],
     repo: Annotated[str | None, typer.Argument(help="Hub repo to upload to, organisation/name.")] = None,
     *,
@@ -39,6 +40,8 @@ def publish(
         fail(f"There is no folder {folder}.")
     if check and repo is not None:
         fail("--check uploads nothing: leave the repo out.")
+    if repo is None:
+        refuse_options(command, {"private", "revision", "create_pr", "message"}, "needs a REPO to upload to")
     try:
         if repo is not None:
             publishing.check_name(repo)

@@ -56,6 +56,10 @@ def report(
     if any(is_check(path) for path in results):
         _report_check(command, results, as_json)
         return
+    if sheet is None:
+        refuse_options(command, {"questions", "sheet_seed"}, "needs --sheet FILE")
+    if as_json and update is None:
+        refuse_options(command, {"brief"}, "not with --json, which prints no table")
     try:
         if sheet is not None and (questions is None or len(results) != 1):
             raise BenchError("--sheet takes one result, and --questions with its question set.")

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from ..runtime.configuration_falcon_drafter import FalconDrafterConfig
 from .console import (
     AUTO,
     DTYPE_HELP,
@@ -135,8 +136,10 @@ def train(
         refuse_options(command, {"epochs"}, "--steps says how long")
     if features == "live":
         refuse_options(command, {"cache", "cached_laws"}, "not with --features live, which keeps nothing")
-    if fusion == "lstm" or rollout_passes == 1:
-        refuse_options(command, {"rollout_share", "rollout_start"}, "needs --rollout-passes of 2 or more")
+    if not held_out:
+        refuse_options(command, {"eval_every"}, "--held-out 0 leaves nothing to evaluate")
+    if glance_lambda == 0:
+        refuse_options(command, {"first_pass_share"}, "--glance-lambda 0 has no first pass")
     if init_from is not None:
         shape = {"block_size", "fusion", "layers", "target_layers", "feature_layers"}
         refuse_options(command, shape, "not with --init-from, which goes on with a drafter as it is")
@@ -146,6 +149,12 @@ def train(
     if compute_dtype == torch.float16:
         fail("--compute must be bfloat16 or float32; for float16 give --compute float32 --option fp16=true.")
     set_threads(threads)
+    options = parse_named_values(option or [], "--option")
+    passes = options.get("rollout_passes", rollout_passes)
+    if passes is None:
+        passes = 1 if (fusion if init_from is None else _fusion_of(init_from)) == "lstm" else 2
+    if passes == 1:
+        refuse_options(command, {"rollout_share", "rollout_start"}, "needs --rollout-passes of 2 or more")
     drafter_config = parse_named_values(config or [], "--config")
     if layers != 1:
         drafter_config["num_hidden_layers"] = layers
@@ -164,7 +173,7 @@ def train(
         "glance_lambda": glance_lambda,
         "first_pass_share": first_pass_share,
         "noise": noise,
-        "rollout_passes": (1 if fusion == "lstm" else 2) if rollout_passes is None else rollout_passes,
+        "rollout_passes": passes,
         "rollout_share": rollout_share,
         "rollout_start": rollout_start,
         "logging_steps": log_every,
@@ -199,7 +208,7 @@ def train(
             save_dtype=save_dtype,
         )
         try:
-            args = FalconTrainingArguments(**settings | parse_named_values(option or [], "--option"))
+            args = FalconTrainingArguments(**settings | options)
         except (TypeError, ValueError) as error:
             raise TrainingError(f"The training arguments cannot be used: {error}") from error
         with quiet(), feature_bar(stderr) as computed:
@@ -224,6 +233,20 @@ def train(
         raise typer.Exit(130) from None
     end_process_group()
     stderr.print(f"{(time.monotonic() - started) / 60:.1f} minutes in all")
+    if tree is None and init_from is None:
+        stderr.print(
+            "The drafter has the paper's tree, made for a GPU. For the fastest on this machine: falcon-hf tune "
+            f"--target {target} --drafter {output} --prompts everyday --output tune.json --apply {output}",
+            soft_wrap=True,
+        )
+
+
+def _fusion_of(source: str) -> str | None:
+    """The fusion of a drafter in a folder or Hub repo; None where there is none, which the training says better."""
+    try:
+        return FalconDrafterConfig.from_pretrained(source).fusion
+    except (OSError, ValueError):
+        return None
 
 
 def _device(name: str | None) -> torch.device:

@@ -126,7 +126,7 @@ def tune(
     Measures how often the drafter is right and what each step costs, predicts tokens per second for some hundred
     trees, and shows the best. Several drafters, of other block sizes, are compared. docs/tuning.md explains it.
 
-    Example: falcon-hf tune --prompts questions.jsonl --num-prompts 30 --output tune.json --apply my-drafter
+    Example: falcon-hf tune --drafter my-drafter --prompts everyday --output tune.json --apply my-drafter
     """
     _refuse_ignored(command, simulated, cost_curves, check is not None, sweep, apply is not None)
     if static and dynamic:

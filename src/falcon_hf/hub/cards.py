@@ -156,7 +156,7 @@ def _card_data(source: CardSource) -> ModelCardData:
     for name in ("license", "language", "datasets"):
         if about.get(name):
             fields[name] = about[name]
-    evaluations = [entry for result in source.results for entry in _evaluations(result)]
+    evaluations = _told_apart([entry for result in source.results for entry in _evaluations(result)])
     if evaluations:
         fields |= {"model_name": source.name, "eval_results": evaluations}
     return ModelCardData(**fields)
@@ -204,6 +204,19 @@ def _evaluations(result: dict[str, Any]) -> list[EvalResult]:
             for metric, (words, value) in metrics.items()
         ]
     return found
+
+
+def _told_apart(evaluations: list[EvalResult]) -> list[EvalResult]:
+    """Number the configs that stand for several settings: of one config a model-index keeps the first's alone."""
+    settings: dict[tuple[str, str], list[Any]] = {}
+    for entry in evaluations:
+        known = settings.setdefault((entry.dataset_type, str(entry.dataset_config)), [])
+        if entry.dataset_args not in known:
+            known.append(entry.dataset_args)
+        if number := known.index(entry.dataset_args):
+            entry.dataset_config = f"{entry.dataset_config} ({number + 1})"
+            entry.dataset_name = f"{entry.dataset_name} ({number + 1})"
+    return evaluations
 
 
 def _decoding(options: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, constants, hf_hub_download
-from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 from transformers import PreTrainedModel
 
 from ..runtime.configuration_falcon_drafter import FalconDrafterConfig
@@ -146,7 +146,12 @@ def _on_the_hub(target: PreTrainedModel | str, token: str | bool | None) -> Iter
             for model in HfApi(token=token).list_models(filter=tags, sort="downloads", limit=_MOST):
                 if model.id not in seen:
                     seen.add(model.id)
-                    yield from _settings(model.id, Path(hf_hub_download(model.id, "config.json", token=token)))
+                    try:
+                        config = hf_hub_download(model.id, "config.json", token=token)
+                    except (HfHubHTTPError, EntryNotFoundError) as error:  # gated, or no drafter at all
+                        logger.info("%s was not looked at: %s", model.id, type(error).__name__)
+                        continue
+                    yield from _settings(model.id, Path(config))
     except (OfflineModeIsEnabled, HTTPError, OSError) as error:
         logger.warning("The Hub was not searched (%s): only what is on this machine was.", type(error).__name__)
 

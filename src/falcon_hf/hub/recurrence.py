@@ -16,7 +16,7 @@ _TOLERANCE = 0.03
 
 
 def judge_recurrence(weights: dict[str, torch.Tensor]) -> tuple[str, str]:
-    """``"lstm"`` or ``"lstm_stateless"``, and why, as a clause that follows "because".
+    """The fusion to take, ``"lstm_stateless"``, and how sure that is, as a clause that follows "because".
 
     Args:
         weights: the checkpoint; ``lstm.weight_hh_l*`` ``[4H, H]`` are looked at.

@@ -59,6 +59,8 @@ class FalconCandidateGenerator:
         self.target = target
         self.block_size = drafter.config.block_size
         self.shape = drafter_tree(drafter) if shape is None else shape
+        if isinstance(self.shape, DynamicTree):
+            self.shape = self.shape.for_rows(rows)
         widest = self.shape.candidates
         drafted_over = drafter.config.draft_vocab_size or drafter.config.vocab_size
         if widest > drafted_over:
@@ -164,7 +166,8 @@ class FalconCandidateGenerator:
             start = index * k
             laws = self._level_laws(features.unflatten(1, (-1, k)), spec, index)
             last_level = growth.block_levels(boundary, laws, start, min(k, max_depth - start))
-            if index + 1 == spec.passes or max_depth <= start + k:
+            # A tree of N nodes is no deeper than N.
+            if index + 1 == spec.passes or min(max_depth, spec.nodes) <= start + k:
                 break
             boundary = growth.next_boundary(*last_level, spec.width)
             if spec.pass_cost is not None and not growth.pays(boundary, index + 1, spec.pass_cost):

@@ -20,9 +20,10 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 DRAFTER = "organisation/name"  # this repo, or its folder
 name = "{target}"
-target = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16)
+dtype = torch.bfloat16  # torch.float32 on a CPU without bfloat16 instructions (on x86: AVX-512)
+target = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
 tokenizer = AutoTokenizer.from_pretrained(name)
-drafter = AutoModel.from_pretrained(DRAFTER, trust_remote_code=True, dtype=torch.bfloat16)
+drafter = AutoModel.from_pretrained(DRAFTER, trust_remote_code=True, dtype=dtype)
 
 messages = [{{"role": "user", "content": "Why is the sky blue?"}}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -31,8 +32,9 @@ print(tokenizer.decode(out[0], skip_special_tokens=True), drafter.last_generatio
 ```
 
 Or without loading the drafter by hand: `target.generate(**inputs, custom_generate=DRAFTER, trust_remote_code=True)`.
-The code in this repo is all that runs; `falcon_hf` need not be installed. It needs transformers 5.17 or later. Pin a
-`revision=` to run only code you have read."""
+The Python in this repo is all that is needed, besides transformers 5.17 or later; `falcon_hf` need not be installed. On
+Linux and a CPU with AVX2 it compiles a small C++ kernel (`native_kernel.py`) at the first generation and keeps it in
+`HF_HOME/falcon_hf`; without a compiler (`g++`) it is slower. Pin a `revision=` to run only code you have read."""
 
 
 def shape_tag(vocab_size: int, hidden_size: int) -> str:

@@ -93,7 +93,7 @@ class LengthGroupedOrder(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw another order for another epoch; accelerate calls it."""
+        """Draw another order for another epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:

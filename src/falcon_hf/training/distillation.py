@@ -281,6 +281,8 @@ def _check_recipe(output: Path, recipe: dict[str, Any]) -> None:
         try:
             held = json.loads(path.read_text(encoding="utf-8"))
             mine, theirs = _comparable(recipe), _comparable(held)
+            # What is there stays, though fewer are asked for.
+            most = max(recipe["settings"]["dialogues"], int(held["settings"]["dialogues"]))
             recipe_has, held_has = recipe.get(DIGEST), held.get(DIGEST)
         except (ValueError, KeyError, TypeError) as error:
             raise DistillationError(f"{path} is no recipe of falcon-hf distill: {error}") from error
@@ -288,7 +290,7 @@ def _check_recipe(output: Path, recipe: dict[str, Any]) -> None:
         if recipe_has and held_has and recipe_has != held_has:
             different.append(DIGEST)
         # Folders made before there was a digest stay without: nobody knows whose their first dialogues are.
-        recipe = {**recipe, DIGEST: held_has}
+        recipe = {**recipe, DIGEST: held_has, "settings": {**recipe["settings"], "dialogues": most}}
         if different:
             raise DistillationError(
                 f"{output} holds data made otherwise ({', '.join(different)} differ): choose another --output."

@@ -44,6 +44,7 @@ def prepare_features(
     feature_layers: list[int] | None,
     say: Callable[[str], None],
     progress: Progress | None = None,
+    with_laws: bool = True,
 ) -> FeatureCache | None:
     """The feature cache of all texts, filled; None for features on the fly.
 
@@ -55,6 +56,7 @@ def prepare_features(
         feature_layers: hidden states side by side, None for the last.
         say: told in a line what is being done.
         progress: called while features are computed.
+        with_laws: whether laws are to be kept beside them (``laws.py``), and need room too.
 
     Raises:
         TrainingError: as [`FeatureCache.build`].
@@ -67,7 +69,7 @@ def prepare_features(
     size = estimate_bytes(len(data.tokens), feature_width(target, feature_layers))
     begun = (folder / "index.json").is_file()
     what = "features"
-    if plan.cached_laws:
+    if with_laws:
         size, what = size + estimate_law_bytes(len(data.tokens), feature_width(target, None)), "features and laws"
     say(f"{what} take {size / 1e9:.2f} GB in {folder} ({free_bytes(folder) / 1e9:.0f} GB free)")
     if not begun and plan.features == "auto" and not cache_fits(folder, size):

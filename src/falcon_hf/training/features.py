@@ -1,8 +1,8 @@
 """A target's features of training text: computed on the fly, or once and kept on disk for every epoch and run.
 
-The cache is a folder: ``index.json`` and safetensors shards of bfloat16 (or the target's own dtype if it is wider and
-asked for), each with the rows of whole dialogues in the data's order. A shard is written beside its name and renamed,
-and the index after it, so that whatever happens, what the index names is whole; a cache that broke off goes on.
+The cache is a folder: ``index.json`` and safetensors shards of bfloat16, each with the rows of whole dialogues in the
+data's order. A shard is written beside its name and renamed, and the index after it, so that whatever happens, what the
+index names is whole; a cache that broke off goes on, and two runs may fill one cache.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import hashlib
 import inspect
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from ..runtime.target import fingerprint
+from ..whole_files import whole_file, write_whole
 from .dataset import TrainingData
 from .errors import TrainingError
 
@@ -213,15 +213,15 @@ class FeatureCache:
         done = int(data.offsets[-1]) - sum(shard["tokens"] for shard in missing)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _write_index(folder, {**index, "complete": not missing})
+            write_whole(folder / _INDEX, json.dumps({**index, "complete": not missing}))
             for shard in missing:
                 rows = range(shard["first_dialogue"], shard["end_dialogue"])
                 block = _ready_shard(rows, ready)
                 if block is None:
                     block = _compute_shard(target, data, rows, width, feature_layers, progress, done)
-                _write_shard(folder, shard["file"], block)
+                write_shard(folder / shard["file"], {_TENSOR: block})
                 done += shard["tokens"]
-            _write_index(folder, {**index, "complete": True})
+            write_whole(folder / _INDEX, json.dumps({**index, "complete": True}))
         except OSError as error:
             raise TrainingError(
                 f"Cannot write features to {folder}: {error}. What was written stays; make room and run again."
@@ -334,15 +334,17 @@ def _compute_shard(
     return block
 
 
-def _write_shard(folder: Path, name: str, block: torch.Tensor) -> None:
-    unfinished = folder / f"{name}.part"
-    try:
-        save_file({_TENSOR: block}, unfinished)
-        os.replace(unfinished, folder / name)
-    except SafetensorError as error:  # its way to say that the disk is full
-        raise OSError(str(error)) from error
-    finally:
-        unfinished.unlink(missing_ok=True)
+def write_shard(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a safetensors file in one step.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    with whole_file(path) as scratch:
+        try:
+            save_file(tensors, scratch)
+        except SafetensorError as error:  # its way to say that the disk is full
+            raise OSError(str(error)) from error
 
 
 def is_whole(folder: Path, shard: dict[str, Any]) -> bool:
@@ -365,9 +367,3 @@ def _read_index(folder: Path) -> dict[str, Any] | None:
         return {**index, "shards": index["shards"], "offsets": index["offsets"], "complete": index["complete"]}
     except (ValueError, KeyError, TypeError) as error:
         raise TrainingError(f"{path} is damaged ({error}); delete the folder and run again.") from error
-
-
-def _write_index(folder: Path, index: dict[str, Any]) -> None:
-    unfinished = folder / f"{_INDEX}.part"
-    unfinished.write_text(json.dumps(index), encoding="utf-8")
-    os.replace(unfinished, folder / _INDEX)

@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from ..whole_files import write_whole
 from .errors import TrainingError
-from .features import FeatureCache, Progress, free_bytes, is_whole
+from .features import FeatureCache, Progress, free_bytes, is_whole, write_shard
 from .losses import CHUNK, DraftHead
 
 _INDEX = "index.json"
@@ -102,7 +100,8 @@ class LawCache:
         Raises:
             TrainingError: if the disk has no room; what was written stays.
         """
-        digest = hashlib.sha256(head.weight.float().cpu().numpy().tobytes() + str(head.scale).encode()).hexdigest()
+        computed = f"{head.scale} {head.weight.dtype}"  # the dtype rounds the laws, whatever the head's values
+        digest = hashlib.sha256(head.weight.float().cpu().numpy().tobytes() + computed.encode()).hexdigest()
         folder = features.folder / f"laws-{digest[:16]}"
         width = head.weight.shape[1]
         shards = [
@@ -122,7 +121,7 @@ class LawCache:
             return cls(features, folder)  # which may be on a disk that cannot be written
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / _INDEX).write_text(json.dumps({"head": digest, "draft_tokens": head.weight.shape[0]}))
+            write_whole(folder / _INDEX, json.dumps({"head": digest, "draft_tokens": head.weight.shape[0]}))
             for number in missing:
                 block = features.shard(number)
                 parts = []
@@ -133,7 +132,7 @@ class LawCache:
                     if progress is not None:
                         progress(done, whole)
                 _write(folder, number, parts)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             raise TrainingError(
                 f"Cannot write laws to {folder}: {error}. What was written stays; make room and run again."
             ) from error
@@ -150,14 +149,9 @@ def _name(number: int) -> str:
 
 
 def _write(folder: Path, number: int, parts: list[TargetLaws]) -> None:
-    fields: dict[str, Any] = {
+    fields = {
         "mean_rows": torch.cat([part.mean_rows for part in parts]).to("cpu", torch.bfloat16),
         "negentropy": torch.cat([part.negentropy for part in parts]).to("cpu", torch.float32),
         "labels": torch.cat([part.labels for part in parts]).cpu(),
     }
-    unfinished = folder / f"{_name(number)}.part"
-    try:
-        save_file(fields, unfinished)
-        os.replace(unfinished, folder / _name(number))
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_shard(folder / _name(number), fields)

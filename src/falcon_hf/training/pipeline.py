@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -32,8 +31,8 @@ from .losses import DraftHead
 from .new_drafter import make_drafter
 from .plan import SAVED_DTYPES, TrainingPlan
 from .recipe import data_recipe, make_recipe
-from .resuming import check_resume, last_checkpoint, refuse_drafter
-from .trainer import FalconTrainer
+from .resuming import check_resume, deciding_arguments, last_checkpoint, refuse_drafter, weights_digest
+from .trainer import FalconTrainer, check_rollout
 
 logger = logging.getLogger(__name__)
 
@@ -73,11 +72,14 @@ def train_drafter(
     say = report or logger.info
     if plan.lora_rank and (args.fsdp or args.deepspeed):
         raise TrainingError("lora_rank cannot be merged from pieces: leave out fsdp and deepspeed; DDP works.")
+    if args.fsdp and args.device.type == "cpu":
+        raise TrainingError("On CPUs accelerate would leave fsdp out and train every process on the whole: do so too.")
     keep_freed_memory()
     checkpoints = Path(args.output_dir or ".")
     checkpoint = last_checkpoint(checkpoints, resume)
     if checkpoint is None:
         refuse_drafter(plan.output)
+    home = target.device
     vocab_size = int(target.config.get_text_config().vocab_size)
     texts = [load_training_data(path, vocab_size, plan.max_length) for path in plan.data]
     data = joined(texts)
@@ -92,13 +94,20 @@ def train_drafter(
         started_from.pop("card", None)  # words about that drafter, not about how it came to be
     torch.manual_seed(args.seed)  # weights of a new drafter; what transformers.Trainer does as well
     drafter = make_drafter(plan, target, train, held_out, tokenizer, say)
+    check_rollout(args, drafter.config)  # the trainer does, but after the features
     if args.process_index == 0:
         same = {"data": data.sha256(), "held_out": len(held_out), "lora_rank": plan.lora_rank}
-        check_resume(checkpoints, checkpoint, drafter, same | {"target_digest": held_digest(target)})
+        if plan.init_from is not None:
+            same["init_from"] = weights_digest(drafter)
+        same |= {"target_digest": held_digest(target), **deciding_arguments(args)}
+        check_resume(checkpoints, checkpoint, drafter, same)
+    keeps_laws = plan.cached_laws and drafter.config.logit_softcap is None
+    if plan.cached_laws and not keeps_laws:
+        say("the target's laws are not kept: its head has a softcap")
     with args.main_process_first(local=False, desc="features"):
-        cache = prepare_features(plan, target, texts, data, drafter.config.feature_layers, say, progress)
+        cache = prepare_features(plan, target, texts, data, drafter.config.feature_layers, say, progress, keeps_laws)
         laws = None
-        if plan.cached_laws and cache is not None and drafter.config.logit_softcap is None:
+        if keeps_laws and cache is not None:
             say("the target's laws over the draft vocabulary, once for all epochs")
             laws = LawCache.build(cache, _law_head(drafter, target, args), progress)
     model: Any = drafter
@@ -114,13 +123,14 @@ def train_drafter(
     )
     if callbacks:
         trainer.remove_callback(PrinterCallback)
-    started = time.time()
     with _disk_errors(checkpoints):
         trainer.train(resume_from_checkpoint=checkpoint)
     if len(held_out) and not _evaluated(trainer):
         trainer.evaluate()
     with _disk_errors(checkpoints):
         drafter = _finish(trainer, plan)
+    if getattr(target, "hf_device_map", None) is None:
+        target.to(home)  # the trainer took its embeddings to where it trained
     if trainer.is_world_process_zero():
         recipe = make_recipe(
             plan=asdict(plan),
@@ -141,7 +151,7 @@ def train_drafter(
             run={
                 "steps": trainer.state.global_step,
                 "positions_seen": trainer.positions_seen * max(1, args.world_size),
-                "seconds": round(time.time() - started, 1),
+                "seconds": round(trainer.seconds, 1),
                 "peak_memory_bytes": peak_memory(),
                 "parameters": drafter.num_parameters(),
             },

@@ -1,23 +1,76 @@
-"""Checkpoints to go on from, and the note beside them that says what is being trained on what."""
+"""Checkpoints to go on from, the note beside them that says what is being trained on what, and what a resume needs."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..runtime.modeling_falcon_drafter import FalconDrafter
 from ..whole_files import write_whole
+from .arguments import FalconTrainingArguments
+from .batches import LengthGroupedOrder
 from .errors import TrainingError
+from .training_notes import TrainingNotes
 
 # Fields of the drafter's config that training does not look at, so that a resume may change them.
 _FREE_FIELDS = frozenset(
     {"tree", "lookup", "verifier", "auto_off", "code_stamp", "format_version", "target_name_or_path", "_name_or_path"}
     | {"architectures", "auto_map", "dtype", "transformers_version"}
 )
+
+# Transformers' own arguments that decide what a step does, besides ours; how long it all goes on may change.
+_DECIDING = (
+    *("seed", "data_seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16"),
+)
+_MEMORY_ALONE = {"vocabulary_chunk"}
+
+
+def deciding_arguments(args: FalconTrainingArguments) -> dict[str, Any]:
+    """The arguments that a resume must not change: optimizer and schedule go on with the checkpoint's, the rest not."""
+    base = {field.name for field in dataclasses.fields(TrainingArguments)}
+    own = {field.name for field in dataclasses.fields(args)} - base - _MEMORY_ALONE
+    rows = args.train_batch_size * args.gradient_accumulation_steps * max(1, args.world_size)
+    return {name: getattr(args, name) for name in [*_DECIDING, *sorted(own)]} | {"batch_size": rows}
+
+
+class AsIfWhole(TrainerCallback):
+    """What ``Trainer`` does not take up again by itself after a resume.
+
+    Attributes:
+        order: of the dialogues, to be told its epoch: accelerate does not where it skips batches of several processes.
+    """
+
+    def __init__(self, notes: TrainingNotes) -> None:
+        self.order: LengthGroupedOrder | None = None
+        self._notes = notes
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
+        """Add to what was seen and taken before; log, evaluate and save as often as the arguments say now."""
+        if state.global_step > 0:
+            self._notes.resume(state.log_history)
+            state.compute_steps(args, state.max_steps)
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
+        """Tell the order."""
+        if self.order is not None:
+            self.order.set_epoch(int((state.epoch or 0) + 1e-6))
+
+
+def weights_digest(drafter: FalconDrafter) -> str:
+    """SHA-256 over names and values of a drafter's weights."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(drafter.state_dict().items()):
+        digest.update(name.encode() + weight.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def newest_checkpoint(folder: Path) -> str | None:

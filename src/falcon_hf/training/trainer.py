@@ -30,10 +30,24 @@ from .errors import TrainingError
 from .evaluation import EvaluationPlan, Tally, evaluate_batch
 from .features import compute_features
 from .losses import DraftHead, feature_loss, vocabulary_loss
+from .resuming import AsIfWhole
 from .row_draws import RowDraws
 from .training_notes import TrainingNotes
 
 logger = logging.getLogger(__name__)
+
+
+def check_rollout(args: FalconTrainingArguments, config: Any) -> None:
+    """See that a drafter of this config can go on to further passes, if it is to.
+
+    Raises:
+        TrainingError: if it cannot.
+    """
+    if args.rollout_passes > 1 and config.fusion == "lstm":
+        raise TrainingError(
+            "A rollout would have to carry the LSTM's states from pass to pass: train with rollout_passes=1, or "
+            "with fusion 'linear' or 'lstm_stateless'."
+        )
 
 
 class FalconTrainer(Trainer):
@@ -63,11 +77,7 @@ class FalconTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         drafter: Any = model  # a peft model hands its drafter's attributes on
-        if args.rollout_passes > 1 and drafter.config.fusion == "lstm":
-            raise TrainingError(
-                "A rollout would have to carry the LSTM's states from pass to pass: train with rollout_passes=1, or "
-                "with fusion 'linear' or 'lstm_stateless'."
-            )
+        check_rollout(args, drafter.config)
         if args.n_gpu > 1:  # DataParallel splits batches by rows, which flat indices of positions do not survive
             logger.warning("Training on one of %d GPUs; torchrun --nproc-per-node N uses more.", args.n_gpu)
             args._n_gpu = 1
@@ -96,6 +106,8 @@ class FalconTrainer(Trainer):
         self._draft_places = places.to(device)
         self._micro = (-1, -1)  # optimizer step and micro-batch of the last batch
         self._notes = TrainingNotes(device)
+        self._as_if_whole = AsIfWhole(self._notes)
+        self.add_callback(self._as_if_whole)
 
     # Data
 
@@ -105,7 +117,9 @@ class FalconTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         args = self.args
         rows = args.train_batch_size * args.gradient_accumulation_steps * max(1, args.world_size)
-        return LengthGroupedOrder(data.data.lengths, rows, args.data_seed if args.data_seed is not None else args.seed)
+        order = LengthGroupedOrder(data.data.lengths, rows, args.data_seed if args.data_seed is not None else args.seed)
+        self._as_if_whole.order = order
+        return order
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -324,9 +338,6 @@ class FalconTrainer(Trainer):
             total = total + args.vocabulary_weight * args.correction_weight * vocabulary
             rows = max(1, len(index))
             self._notes.add(corrected_kl=sums[0] / rows, corrected_agreement=agree.sum() / rows)
-        if self._notes.positions_seen == 0 and self.state.global_step > 0:  # the first step after a resume
-            logged = (entry["positions_seen"] for entry in self.state.log_history if "positions_seen" in entry)
-            self._notes.resume(int(max(logged, default=0)))
         self._notes.positions_seen += len(wanted[0])
         return total / shared.clamp_min(1)
 
@@ -339,6 +350,16 @@ class FalconTrainer(Trainer):
     def positions_seen(self) -> int:
         """Positions with a loss that this process has seen, those before a resume included."""
         return self._notes.positions_seen
+
+    @property
+    def seconds(self) -> float:
+        """That the training has taken, before a resume included, up to the checkpoint it went on from."""
+        return self._notes.seconds
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As ``Trainer``; the checkpoint also has what a resume adds to."""
+        self.state.log_history.append({"step": self.state.global_step, **self._notes.so_far()})
+        super()._save_checkpoint(model, trial)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As ``Trainer.log``; training logs also have the means of what the steps since the last one noted."""

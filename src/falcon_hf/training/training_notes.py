@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 
@@ -16,6 +17,7 @@ class TrainingNotes:
 
     def __init__(self, device: torch.device) -> None:
         self.positions_seen = 0
+        self._began = time.perf_counter()
         self._device = device
         self._sums: dict[str, torch.Tensor] = {}  # sum and count
         self._since = (time.perf_counter(), 0)  # when the last log was, and the positions seen by then
@@ -27,10 +29,20 @@ class TrainingNotes:
             entry = torch.stack([value, torch.ones_like(value)])
             self._sums[name] = entry if name not in self._sums else self._sums[name] + entry
 
-    def resume(self, positions_seen: int) -> None:
-        """Go on from a run that had seen so many positions."""
-        self.positions_seen = positions_seen
-        self._since = (time.perf_counter(), positions_seen)
+    @property
+    def seconds(self) -> float:
+        """Since the start, and before a resume up to its checkpoint."""
+        return time.perf_counter() - self._began
+
+    def so_far(self) -> dict[str, float]:
+        """What a checkpoint's log has to hold for [`resume`]."""
+        return {"positions_seen": self.positions_seen, "seconds": round(self.seconds, 1)}
+
+    def resume(self, log: list[dict[str, Any]]) -> None:
+        """Go on from the run whose log this is."""
+        self.positions_seen = int(max((entry.get("positions_seen", 0) for entry in log), default=0))
+        self._began -= max((entry.get("seconds", 0.0) for entry in log), default=0.0)
+        self._since = (time.perf_counter(), self.positions_seen)
 
     def leave_out(self, seconds: float) -> None:
         """Take ``seconds`` that were no training out of the speed."""

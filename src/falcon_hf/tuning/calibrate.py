@@ -137,7 +137,10 @@ def calibrate(
     bare = Calibration(provenance, tuple(records), verify_times, 0.0, context, 0.0, 0.0, count_lookups(texts))
     (option, *_) = bare.options()
     k = option.model.block_size
-    shapes = [best_tree(option.model, 8, k), best_tree(option.model, min(plan.nodes, 24), min(plan.passes, 2) * k)]
+    shapes = [
+        best_tree(option.model, 8, k) or chain(k),  # of a drafter that never hit, any tree is the best
+        best_tree(option.model, min(plan.nodes, 24), min(plan.passes, 2) * k),
+    ]
     whole = time_whole_calls(
         target,
         drafters[0].drafter,

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..whole_files import write_whole
 from .acceptance import RankRecord
-from .choice import Option, Prediction
+from .choice import Option, Prediction, batch_nodes
 from .confidence import ConfidenceTables
 from .errors import TuningError
 from .lookup_measurement import LookupCounts
@@ -105,8 +105,9 @@ class Calibration:
         """
         if prediction.shape is None:
             raise TuningError("Plain decoding has no tree to be made dynamic.")
-        drafter = next(one for one in self.drafters if one.name == prediction.drafter)
-        costs = MeasuredCosts(self, drafter, self.plain_context if context is None else context)
+        index = next(i for i, one in enumerate(self.drafters) if one.name == prediction.drafter)
+        drafter, option = self.drafters[index], self.options(context)[index]
+        costs = option.costs
         entry: dict[str, Any] = {
             "kind": "dynamic",
             "nodes": prediction.nodes - 1,
@@ -119,6 +120,8 @@ class Calibration:
             another = costs.draft_seconds((1, prediction.width)) - costs.draft_seconds((1,))
             others = costs.verify_seconds(prediction.nodes) + costs.rest_seconds(prediction.tokens)
             entry["pass_cost"] = max(another / max(others, another, 1e-9), 1e-3)
+        if fewer := batch_nodes(option, prediction, max(time.nodes for time in self.verify_times)):
+            entry["batch_nodes"] = fewer
         return replace(prediction, kind="dynamic", dynamic=entry, lookup=self.lookup.config_entry())
 
     def write(self, path: Path) -> None:

@@ -22,6 +22,8 @@ from .static_tree import PricedTrees, best_nodes, widths
 # Prices of a boundary node, in tokens, and caps on boundary nodes a pass: together they cover narrow and wide trees.
 _PRICES = (0.01, 0.02, 0.04, 0.08, 0.16)
 _WIDTH_CAPS = (1, 2, 3, 4, 6, 8)
+# Rows of a batch for which a tree's size is found.
+_BATCHES = (2, 4, 8, 16, 32)
 
 
 class Costs(Protocol):
@@ -175,6 +177,36 @@ def choose(options: Iterable[Option], max_passes: int = 4, max_nodes: int = 64) 
 def fitting(found: Iterable[Prediction], max_nodes: int) -> list[Prediction]:
     """Those with a tree of ``max_nodes`` at most, as a drafter may be given: the paper's may be larger. Never empty."""
     return [prediction for prediction in found if prediction.shape is not None and prediction.nodes <= max_nodes]
+
+
+def batch_nodes(option: Option, best: Prediction, largest: int) -> list[list[int]]:
+    """What ``DynamicTree.batch_nodes`` should say of a drafter whose best tree for one row is ``best``.
+
+    A batch's forward is taken to cost what one row's over as many nodes does, and its first pass what one row's does.
+    Batches of which that is not known, with more than ``largest`` nodes, get what the next smaller one does.
+    """
+    tokens: dict[int, float] = {}  # a round, by nodes
+    for shape in tuned_trees(option.model, best.passes, node_grid(best.nodes)):
+        expected = (option.expected_tokens or option.model.expected_tokens)(shape)
+        tokens[shape.size] = max(tokens.get(shape.size, 0.0), expected)
+
+    def rate(rows: int, size: int) -> float:
+        passes = min(best.passes, -(-(size - 1) // option.model.block_size))  # a tree is no deeper than it is large
+        blocks = [rows] + [rows * best.width] * (passes - 1)
+        others = option.costs.draft_seconds(blocks) + option.costs.rest_seconds(rows * tokens[size])
+        return tokens[size] / (others + option.costs.verify_seconds(rows * size))
+
+    found: list[list[int]] = []
+    fewest = best.nodes
+    for rows in _BATCHES:
+        sizes = [size for size in tokens if size <= fewest]
+        if rows * fewest > largest or not sizes:
+            break
+        size = max(sizes, key=functools.partial(rate, rows))
+        if size < fewest:
+            found.append([rows, size - 1])
+            fewest = size
+    return found
 
 
 def grid(option: Option, passes: Sequence[int], nodes: Sequence[int]) -> list[Prediction]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from ..errors import BenchError, first_line
 from .base import Method, MethodContext
@@ -48,6 +48,10 @@ class Assistant(Method):
             self.model.generation_config.num_assistant_tokens = int(value)
             self.model.generation_config.num_assistant_tokens_schedule = "constant"
             self.model.generation_config.assistant_confidence_threshold = 0.0
+        usual = GenerationConfig._get_default_generation_params()  # said here, so that the result says them too
+        for name in ("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"):
+            if getattr(self.model.generation_config, name) is None:
+                setattr(self.model.generation_config, name, usual[name])
 
     def arguments(self) -> dict[str, Any]:
         """The model."""

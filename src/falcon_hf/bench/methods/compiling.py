@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers import CompileConfig
 
 from ...compiled_decoding import compiled
 from ..errors import BenchError
 from .base import Forwards, Method, MethodContext, MethodResult
 
-DEFAULT_MODE = "default"
-MODE_SETTING = f"torch.compile's, {DEFAULT_MODE} by default"
+MODE_SETTING = "torch.compile's; transformers' own by default, on a CPU 'default'"
 
 
 class CompileError(RuntimeError):
@@ -26,10 +26,11 @@ class CompilingMethod(Method):
     may_fail = True
 
     def __init__(self, label: str, context: MethodContext, settings: dict[str, str]) -> None:
-        self.mode = settings.get("mode", DEFAULT_MODE)
+        usual = CompileConfig().mode if context.target.device.type == "cuda" else "default"
+        self.mode = settings.get("mode", usual)
         super().__init__(label, context, {name: value for name, value in settings.items() if name != "mode"})
-        if self.mode not in torch._inductor.list_mode_options() and self.mode != DEFAULT_MODE:
-            known = ", ".join([DEFAULT_MODE, *torch._inductor.list_mode_options()])
+        known = ", ".join({"default": None} | dict.fromkeys(torch._inductor.list_mode_options()))
+        if self.mode not in known.split(", "):
             raise BenchError(f"{label}: mode must be one of {known}, got {self.mode!r}.")
         self._longest: int | None = None
 
