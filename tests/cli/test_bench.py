@@ -78,7 +78,7 @@ def test_bench_then_report(command: Command, models: Path) -> None:
 
 
 def test_json_is_all_of_standard_output(command: Command) -> None:
-    result = command("--json", methods="plain,prompt_lookup:tokens=3")
+    result = command("--json", methods="plain,prompt_lookup:tokens=3", drafter=None)
     printed = json.loads(result.stdout)
     assert list(printed["summary"]) == ["plain", "prompt_lookup:tokens=3"]
     assert printed["output"] == "result.json"

@@ -37,7 +37,7 @@ text = make_text(target, 32)
 trainer = FalconTrainer(drafter, args, target, DialogueDataset(text), DialogueDataset(make_text(target, 9, seed=4)))
 class StopAt(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
-        control.should_training_stop = state.global_step == int(sys.argv[6])
+        control.should_training_stop |= state.global_step == int(sys.argv[6])
 
 trainer.add_callback(StopAt())
 trainer.train(resume_from_checkpoint=sys.argv[7] == "resume")
