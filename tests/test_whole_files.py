@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -31,3 +33,11 @@ def test_on_a_full_disk_the_old_one_stays(tmp_path: Path, monkeypatch: pytest.Mo
     assert list(tmp_path.iterdir()) == [tmp_path / "a"]
     write_whole(tmp_path / "a", "new")
     assert (tmp_path / "a").read_text() == "new"
+
+
+def test_what_a_killed_process_left_is_removed_later(tmp_path: Path) -> None:
+    for name, age in ((".a.killed", 4000), (".a.at-work", 10), (".b.killed", 4000)):
+        (tmp_path / name).write_text("half")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    write_whole(tmp_path / "a", "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.at-work", ".b.killed", "a"]

@@ -84,7 +84,7 @@ def decode(
             for row in range(input_ids.shape[0])
         ]
         stream = StreamedRows(streamer, rows, generation_config)
-        generator = FalconCandidateGenerator(drafter, target, chain_shape(drafter, target), rows=len(rows))
+        generator = FalconCandidateGenerator(drafter, target, chain_shape(drafter, target, len(rows)), rows=len(rows))
         draws_siblings = drafter.config.verifier == "rejection" and generation_config.do_sample
         siblings = SiblingDraws(generation_config.temperature or 1.0, drafter.device) if draws_siblings else None
         if siblings is not None:
@@ -148,12 +148,12 @@ def _switch(drafter: FalconDrafter, target: PreTrainedModel, rows: int) -> Specu
     return drafter.switches.setdefault((id(target), rows, kind), SpeculationSwitch(True))
 
 
-def chain_shape(drafter: FalconDrafter, target: PreTrainedModel) -> TreeShape | None:
-    """For a target that can only verify a chain, the likeliest path of the drafter's tree; None for other targets."""
+def chain_shape(drafter: FalconDrafter, target: PreTrainedModel, rows: int) -> TreeShape | None:
+    """For a target that can only verify a chain, the likeliest path of a row's tree; None for other targets."""
     support = family(target)
     if support is None or support.drafts != "chain":
         return None
-    tree = drafter_tree(drafter)
+    tree = drafter_tree(drafter, rows)
     return chain(tree.depth if isinstance(tree, TreeShape) else min(tree.nodes, tree.depth(drafter.config.block_size)))
 
 

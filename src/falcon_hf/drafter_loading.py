@@ -20,8 +20,7 @@ from .runtime.modeling_falcon_drafter import FalconDrafter
 # Of a Hub repo nothing else is downloaded: pickled weights never.
 _FILES = ["*.json", "*.safetensors", "*.py"]
 
-# What loading raises for a repo that is of another kind or broken.
-_CAUSES = (
+LOADING_ERRORS = (
     OSError,
     ValueError,
     RuntimeError,
@@ -34,6 +33,7 @@ _CAUSES = (
     StrictDataclassError,
     HTTPError,
 )
+"""What loading raises for a repo that is of another kind, broken or out of reach."""
 
 
 class DrafterError(ValueError):
@@ -65,7 +65,7 @@ def load_drafter(
         model_class: Any = FalconDrafter if code is None else get_class_from_dynamic_module(code, str(folder))
         drafter: FalconDrafter = model_class.from_pretrained(folder, dtype=dtype or "auto")
         return drafter.eval()
-    except _CAUSES as error:
+    except LOADING_ERRORS as error:
         raise DrafterError(f"The drafter {str(source)!r} cannot be loaded: {_one_line(error)}") from error
 
 
@@ -89,7 +89,7 @@ def drafter_folder(source: str | Path) -> Path:
         settings, _ = PreTrainedConfig.get_config_dict(repo)
         check_kind(settings)
         return Path(snapshot_download(repo, allow_patterns=_FILES))
-    except _CAUSES as error:
+    except LOADING_ERRORS as error:
         raise DrafterError(
             f"The drafter {repo!r} is not a folder here, and cannot be loaded from the Hub: {_one_line(error)}"
         ) from error

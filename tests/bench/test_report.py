@@ -99,9 +99,6 @@ def test_provenance_line(result: dict[str, Any]) -> None:
     assert "k = 2, dynamic tree of 1 nodes, depth 1)" in render([result])
     method["config"]["lookup"] = {}
     assert "k = 2, dynamic tree of 1 nodes, depth 1, with look-up)" in render([result])
-    method["tree"]["batch_nodes"] = [[4, 2], [8, 1]]
-    size = "tree of 1 nodes, depth 1, of 2 in batches of 4 or more, of 1 in batches of 8 or more, with look-up)"
-    assert size in render([result])
     result["settings"]["machine"]["cpu_capability"] = "AVX2"
     assert "Some | CPU (AVX2), 2 threads" in render([result])
     result["complete"], result["settings"]["questions"]["count"] = False, 80

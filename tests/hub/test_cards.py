@@ -74,7 +74,7 @@ class TestPublishedCards:
             settings = json.loads(path.read_text())["settings"]
             method = settings["methods"]["falcon"]
             assert method["weights_sha256"] == digest, path
-            tree = drafter_tree(SimpleNamespace(config=config))
+            tree = drafter_tree(SimpleNamespace(config=config), settings["batch_size"])
             assert method["tree"] == describe_tree(tree, config.block_size)["tree"], path
             assert method["config"]["lookup"] == config.lookup, path
             assert (method["block_size"], method["fusion"]) == (config.block_size, config.fusion)

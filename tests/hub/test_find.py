@@ -7,8 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from httpx import Request, Response
-from huggingface_hub.errors import EntryNotFoundError, GatedRepoError
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError
 
 from falcon_hf import find_drafter
 from falcon_hf.hub import find
@@ -85,7 +84,7 @@ def test_offline_says_so(target, family, monkeypatch, tmp_path, caplog):
     assert find_drafter(target, [family]) == str(family / "b-own")
 
 
-def test_a_repo_that_cannot_be_looked_into_ends_no_search(target, family, monkeypatch, tmp_path):
+def test_a_repo_that_cannot_be_looked_into_ends_no_search(target, family, monkeypatch, tmp_path, caplog):
     """A gated one, or one without a config, among those with a drafter's tag."""
 
     class Api:
@@ -99,13 +98,24 @@ def test_a_repo_that_cannot_be_looked_into_ends_no_search(target, family, monkey
         if repo == "org/no-config":
             raise EntryNotFoundError("no config.json")
         if repo == "org/gated":
-            raise GatedRepoError("ask first", response=Response(403, request=Request("GET", "https://localhost")))
+            raise GatedRepoError("ask first", response=SimpleNamespace(headers={}, request=None, status_code=403))
         return str(family / "b-own" / file)
 
     monkeypatch.setattr(find.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(find, "HfApi", Api)
     monkeypatch.setattr(find, "hf_hub_download", download)
     assert find_drafter(target) == "org/b-own"
+
+    def broken_off(repo, file, token=None):
+        asked.append(repo)
+        raise LocalEntryNotFoundError("no connection")
+
+    asked: list[str] = []
+    monkeypatch.setattr(find, "hf_hub_download", broken_off)
+    with caplog.at_level(logging.WARNING), pytest.raises(HubError):
+        find_drafter(target)
+    assert "The Hub was not searched" in caplog.text
+    assert len(asked) == 1
 
 
 SEARCH = """

@@ -197,7 +197,11 @@ def test_batch_text_is_plain_text(tiny_target, tiny_drafter, options, further):
 def test_larger_batches_get_fewer_nodes_a_row(tiny_target, tiny_drafter):
     target = tiny_target(VOCAB)
     text = prompt_ids(VOCAB, 6)
-    for fewer, sizes in (([], [16, 16, 16, 16]), ([[2, 9], [4, 3]], [16, 9, 9, 3])):
+    for fewer, sizes in (
+        ([], [16, 16, 16, 16]),
+        ([[2, 9], [4, 3]], [16, 9, 9, 3]),
+        ([[2, 99], [3, 4]], [16, 16, 4, 4]),
+    ):
         drafter = tiny_drafter(target, 2, tree=SPEC | {"candidates": 16, "batch_nodes": fewer})
         assert drafter_tree(drafter).size == 17  # what a cache for all batches needs
         for rows, size in enumerate(sizes, start=1):
@@ -271,8 +275,8 @@ def test_calibration_is_linear_between_its_points():
 
 
 WRONG_BATCH_NODES: list[Any] = [
-    *(4, [4], [[4]], [[4, 2, 1]], [[1, 4]], [[4, 9]], [[4, 0]], [[4, True]], [[4, 2], [4, 1]]),
-    *([[4, 2], [8, 3]], [["4", 2]], [[4, 2.0]], {"4": 2}),
+    *(4, [4], [[4]], [[4, 2, 1]], [[1, 4]], [[4, 0]], [[4, True]], [[4, 2], [4, 1]]),
+    *([[8, 2], [4, 3]], [["4", 2]], [[4, 2.0]], {"4": 2}),
 ]
 
 

@@ -169,19 +169,30 @@ def test_a_disk_that_fills_up(target, tiny_text, tmp_path, monkeypatch):
     assert len(build(tmp_path, target, tiny_text, shard_bytes=SHARD)) == len(tiny_text)
 
 
-def test_two_runs_may_fill_one_cache(target, tiny_text, tmp_path):
-    """The second begins, and ends, while the first is between two shards."""
-    second: list[FeatureCache] = []
-
-    def at_once(done, whole):
-        if not second:
-            second.append(None)
-            second[0] = build(tmp_path, target, tiny_text, shard_bytes=SHARD)
-
-    first = build(tmp_path, target, tiny_text, shard_bytes=SHARD, progress=at_once)
+def test_two_runs_may_fill_one_cache(target, tiny_text, tmp_path, monkeypatch):
+    """The second begins, and ends, when the first has written a shard that has not its name yet."""
+    plain = module.save_file
     head = DraftHead(target.lm_head.weight.detach().bfloat16())
-    LawCache.build(first, head, lambda done, whole: LawCache.build(second[0], head))
-    assert all(torch.equal(first.rows(row), second[0].rows(row)) for row in (0, 20, 39))
+
+    def filled():
+        cache = build(tmp_path, target, tiny_text, shard_bytes=SHARD)
+        return cache, LawCache.build(cache, head)
+
+    others: dict[str, tuple[FeatureCache, LawCache]] = {}
+
+    def save(tensors, path):
+        plain(tensors, path)
+        kind = path.name.split("-")[0]
+        if kind not in others:
+            others[kind] = ()
+            others[kind] = filled()
+
+    monkeypatch.setattr(module, "save_file", save)
+    first, laws = filled()
+    assert sorted(others) == [".features", ".laws"]
+    for cache, other_laws in others.values():
+        assert all(torch.equal(first.rows(row), cache.rows(row)) for row in (0, 20, 39))
+        assert all(torch.equal(laws.rows(row)["labels"], other_laws.rows(row)["labels"]) for row in (0, 20, 39))
     assert all(not path.name.startswith(".") for path in tmp_path.rglob("*"))
 
 

@@ -170,10 +170,13 @@ def test_a_resume_from_another_drafter_is_refused(tiny_target, tiny_drafter, tex
     with pytest.raises(TrainingError, match=": init_from changed"):
         train(text_file, target, tmp_path, resume=True, given=longer, init_from=second, lora_rank=2, tree=None)
     train(text_file, target, tmp_path, resume=True, given=longer, init_from=first, lora_rank=2, tree=None)
+    train(text_file, target, tmp_path / "new", given=brief)
+    with pytest.raises(TrainingError, match=": init_from changed"):  # or its recipe would tell of another start
+        train(text_file, target, tmp_path / "new", resume=True, given=longer, init_from=first, tree=None)
 
 
 def test_fsdp_on_a_cpu_is_refused_rather_than_left_out(tiny_target, text_file, tmp_path):
-    with pytest.raises(TrainingError, match="accelerate would leave fsdp out"):
+    with pytest.raises(TrainingError, match="accelerate ignores fsdp"):
         train(text_file, tiny_target(VOCAB), tmp_path, given={"fsdp": "full_shard"})
 
 

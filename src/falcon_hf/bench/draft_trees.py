@@ -55,8 +55,6 @@ def describe_tree(tree: TreeShape | DynamicTree, block_size: int) -> dict[str, A
         fields = {"kind": DYNAMIC, "nodes": tree.nodes, "passes": tree.passes, "width": tree.width}
         fields |= {"candidates": tree.candidates, "calibrated": tree.calibration is not None}
         fields["pass_cost"] = tree.pass_cost
-        if tree.batch_nodes:
-            fields["batch_nodes"] = [list(pair) for pair in tree.batch_nodes]
         return {"tree": fields, "tree_nodes": tree.nodes, "tree_depth": tree.depth(block_size)}
     return {"tree": as_paths(tree), "tree_nodes": tree.size - 1, "tree_depth": tree.depth}
 

@@ -12,7 +12,7 @@ from typing import Any
 from .errors import BenchError
 from .methods import BASELINE
 from .report import names
-from .summary import PHASES, acceptance_by_position, speed_ratios
+from .summary import PHASES, acceptance_by_position, call_key, speed_ratios
 from .tables import Result, by_category
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
@@ -163,8 +163,7 @@ def speed_against_length(result: Result, name: str) -> Any:
         # A question's calls are one point, as they are one ratio.
         lengths: dict[Any, list[int]] = {}
         for entry in own:
-            key = entry.get("batch", [entry["question_id"]])[0]
-            lengths.setdefault(key, []).append(entry["prompt_tokens"] + entry["new_tokens"])
+            lengths.setdefault(call_key(entry), []).append(entry["prompt_tokens"] + entry["new_tokens"])
         x = [statistics.mean(given) for given in lengths.values()]
         y = speed_ratios(own, plain)
         colour = _COLOURS[index % len(_COLOURS)]

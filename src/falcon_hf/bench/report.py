@@ -131,8 +131,6 @@ def _tree(method: dict[str, Any]) -> str:
     size = f"tree of {method['tree_nodes']} nodes, depth {method['tree_depth']}"
     if not isinstance(method.get("tree"), dict):
         return size
-    for rows, nodes in method["tree"].get("batch_nodes", []):
-        size += f", of {nodes} in batches of {rows} or more"
     looked_up = method.get("config", {}).get("lookup") is not None
     return f"dynamic {size}{', with look-up' if looked_up else ''}"
 

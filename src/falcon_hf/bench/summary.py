@@ -44,6 +44,12 @@ def _figures(entries: list[Entry], plain: list[Entry] | None) -> dict[str, Any]:
     }
 
 
+def call_key(entry: Entry) -> int | str:
+    """The question whose calls the entry's are: of a batch, its first."""
+    key: int | str = entry.get("batch_of", entry.get("batch", [entry["question_id"]])[0])
+    return key
+
+
 def speed_ratios(entries: list[Entry], plain: list[Entry]) -> list[float]:
     """One ratio a question: the method's tokens per second over plain's; turns, seeds and repeats summed.
 
@@ -53,8 +59,7 @@ def speed_ratios(entries: list[Entry], plain: list[Entry]) -> list[float]:
     def speeds(given: list[Entry]) -> dict[int | str, float]:
         questions: dict[int | str, list[Entry]] = {}
         for entry in given:
-            key = entry.get("batch_of", entry.get("batch", [entry["question_id"]])[0])
-            questions.setdefault(key, []).append(entry)
+            questions.setdefault(call_key(entry), []).append(entry)
         return {key: _sum(own, "new_tokens") / _sum(own, "seconds") for key, own in questions.items()}
 
     baseline = speeds(plain)

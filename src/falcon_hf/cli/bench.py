@@ -124,7 +124,7 @@ def bench(
         with quiet():
             model, tokenizer = load_target(target, parsed, where)
             set_attention(model, attention)
-            context = MethodContext(model, source, paths)
+            context = MethodContext(model, source, paths, batch_size)
             built = [build_method(spec, context) for spec in specs]
             result = run(model, tokenizer, built, plan, output, show_progress=not as_json)
     except (BenchError, DrafterError) as error:

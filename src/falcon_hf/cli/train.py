@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from ..drafter_loading import LOADING_ERRORS
 from ..runtime.configuration_falcon_drafter import FalconDrafterConfig
 from .console import (
     AUTO,
@@ -152,7 +153,9 @@ def train(
     options = parse_named_values(option or [], "--option")
     passes = options.get("rollout_passes", rollout_passes)
     if passes is None:
-        passes = 1 if (fusion if init_from is None else _fusion_of(init_from)) == "lstm" else 2
+        with quiet():
+            kind = fusion if init_from is None else _fusion_of(init_from)
+        passes = 1 if kind == "lstm" else 2
     if passes == 1:
         refuse_options(command, {"rollout_share", "rollout_start"}, "needs --rollout-passes of 2 or more")
     drafter_config = parse_named_values(config or [], "--config")
@@ -233,7 +236,7 @@ def train(
         raise typer.Exit(130) from None
     end_process_group()
     stderr.print(f"{(time.monotonic() - started) / 60:.1f} minutes in all")
-    if tree is None and init_from is None:
+    if tree is None and "tree" not in drafter_config and init_from is None and int(os.environ.get("RANK", 0)) == 0:
         stderr.print(
             "The drafter has the paper's tree, made for a GPU. For the fastest on this machine: falcon-hf tune "
             f"--target {target} --drafter {output} --prompts everyday --output tune.json --apply {output}",
@@ -245,7 +248,7 @@ def _fusion_of(source: str) -> str | None:
     """The fusion of a drafter in a folder or Hub repo; None where there is none, which the training says better."""
     try:
         return FalconDrafterConfig.from_pretrained(source).fusion
-    except (OSError, ValueError):
+    except LOADING_ERRORS:
         return None
 
 

@@ -286,8 +286,8 @@ def _receiver(folder: Path, sources: list[str]) -> str:
 def _apply(folder: Path, best: Prediction, calibration: Calibration, static: bool) -> str:
     """Give the drafter in ``folder`` its best tree; returns what that is, in words.
 
-    A dynamic tree of the same size and look-up were faster uncompiled on all sets of ``docs/comparison.md``, and about
-    as fast compiled, all of it on one CPU. ``--dynamic --check`` measures both where it is to be used.
+    A dynamic tree of the same size and look-up were faster on all sets of ``docs/comparison.md``, on one CPU.
+    ``--dynamic --check`` measures both where it is to be used.
     """
     assert best.shape is not None
     given = best if static else calibration.dynamic(best)

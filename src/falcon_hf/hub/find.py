@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, constants, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
 from transformers import PreTrainedModel
 
 from ..runtime.configuration_falcon_drafter import FalconDrafterConfig
@@ -148,6 +154,8 @@ def _on_the_hub(target: PreTrainedModel | str, token: str | bool | None) -> Iter
                     seen.add(model.id)
                     try:
                         config = hf_hub_download(model.id, "config.json", token=token)
+                    except LocalEntryNotFoundError:  # no connection
+                        raise
                     except (HfHubHTTPError, EntryNotFoundError) as error:  # gated, or no drafter at all
                         logger.info("%s was not looked at: %s", model.id, type(error).__name__)
                         continue

@@ -58,9 +58,7 @@ class FalconCandidateGenerator:
         self.drafter = drafter
         self.target = target
         self.block_size = drafter.config.block_size
-        self.shape = drafter_tree(drafter) if shape is None else shape
-        if isinstance(self.shape, DynamicTree):
-            self.shape = self.shape.for_rows(rows)
+        self.shape = drafter_tree(drafter, rows) if shape is None else shape
         widest = self.shape.candidates
         drafted_over = drafter.config.draft_vocab_size or drafter.config.vocab_size
         if widest > drafted_over:
@@ -309,13 +307,15 @@ def drafter_lookup(drafter: FalconDrafter) -> SuffixLookup | None:
     return None if lookup is None else SuffixLookup.from_config(lookup)
 
 
-def drafter_tree(drafter: FalconDrafter) -> TreeShape | DynamicTree:
+def drafter_tree(drafter: FalconDrafter, rows: int = 1) -> TreeShape | DynamicTree:
     """The tree a drafter's config asks for: paths, a dynamic tree, or the paper's for its block size.
+
+    Each row of a batch gets it. One row's is the largest.
 
     Raises:
         ValueError: if the config's tree is none (see [`TreeShape.from_paths`] and [`DynamicTree.from_config`]).
     """
     tree = drafter.config.tree
     if isinstance(tree, dict):
-        return DynamicTree.from_config(tree, drafter.config.block_size)
+        return DynamicTree.from_config(tree, drafter.config.block_size).for_rows(rows)
     return TreeShape.paper(drafter.config.block_size) if tree is None else TreeShape.from_paths(tree)

@@ -83,7 +83,7 @@ class DynamicTree:
             given, a pass that would not pay is left out, at one device sync a pass; None never stops early and never
             syncs.
         batch_nodes: pairs (B, N): a batch of B rows or more drafts at most N nodes a row, so that all rows' nodes
-            together are not more than a verification is fast for. B rises, N does not; empty for N = ``nodes`` always.
+            together are not more than a verification is fast for. B rises; empty for ``nodes`` always.
     """
 
     nodes: int
@@ -117,13 +117,13 @@ class DynamicTree:
         cost = fields.get("pass_cost")
         if cost is not None and not (isinstance(cost, int | float) and 0 < cost < math.inf):
             raise ValueError(f"pass_cost must be positive or None, got {cost!r}.")
-        fields["batch_nodes"] = _batch_nodes(fields.get("batch_nodes", ()), fields["nodes"])
+        fields["batch_nodes"] = _batch_nodes(fields.get("batch_nodes", ()))
         return cls(**fields)
 
     def for_rows(self, rows: int) -> DynamicTree:
         """The tree that each row of a batch of ``rows`` gets."""
         fewer = [nodes for least, nodes in self.batch_nodes if least <= rows]
-        return dataclasses.replace(self, nodes=fewer[-1] if fewer else self.nodes, batch_nodes=())
+        return dataclasses.replace(self, nodes=min([self.nodes, *fewer]))
 
     @property
     def size(self) -> int:
@@ -135,7 +135,7 @@ class DynamicTree:
         return self.passes * block_size
 
 
-def _batch_nodes(pairs: Any, nodes: int) -> tuple[tuple[int, int], ...]:
+def _batch_nodes(pairs: Any) -> tuple[tuple[int, int], ...]:
     """A config's ``batch_nodes``, checked.
 
     Raises:
@@ -144,12 +144,12 @@ def _batch_nodes(pairs: Any, nodes: int) -> tuple[tuple[int, int], ...]:
     try:
         found = tuple((least, most) for least, most in pairs)
         numbers = all(type(number) is int for pair in found for number in pair)
-        ordered = numbers and all(a[0] < b[0] and a[1] >= b[1] for a, b in itertools.pairwise(((1, nodes), *found)))
+        ordered = numbers and all(low[0] < high[0] for low, high in itertools.pairwise(((1, 0), *found)))
     except (TypeError, ValueError):
         ordered = False
     if not ordered or any(most < 1 for _, most in found):
         raise ValueError(
-            "batch_nodes must be pairs [rows, nodes] with rising rows from 2 on and nodes that do not rise, such as "
+            "batch_nodes must be pairs [rows, nodes] with rising rows from 2 on and at least one node, such as "
             f"[[4, 3], [8, 2]]; got {pairs!r}."
         )
     return found

@@ -282,7 +282,8 @@ def _check_recipe(output: Path, recipe: dict[str, Any]) -> None:
             held = json.loads(path.read_text(encoding="utf-8"))
             mine, theirs = _comparable(recipe), _comparable(held)
             # What is there stays, though fewer are asked for.
-            most = max(recipe["settings"]["dialogues"], int(held["settings"]["dialogues"]))
+            there = len(read_lines(output / DIALOGUES))
+            most = max(recipe["settings"]["dialogues"], min(there, int(held["settings"]["dialogues"])))
             recipe_has, held_has = recipe.get(DIGEST), held.get(DIGEST)
         except (ValueError, KeyError, TypeError) as error:
             raise DistillationError(f"{path} is no recipe of falcon-hf distill: {error}") from error

@@ -73,7 +73,7 @@ def train_drafter(
     if plan.lora_rank and (args.fsdp or args.deepspeed):
         raise TrainingError("lora_rank cannot be merged from pieces: leave out fsdp and deepspeed; DDP works.")
     if args.fsdp and args.device.type == "cpu":
-        raise TrainingError("On CPUs accelerate would leave fsdp out and train every process on the whole: do so too.")
+        raise TrainingError("On CPUs accelerate ignores fsdp, every process trains the whole drafter: leave it out.")
     keep_freed_memory()
     checkpoints = Path(args.output_dir or ".")
     checkpoint = last_checkpoint(checkpoints, resume)
@@ -96,9 +96,8 @@ def train_drafter(
     drafter = make_drafter(plan, target, train, held_out, tokenizer, say)
     check_rollout(args, drafter.config)  # the trainer does, but after the features
     if args.process_index == 0:
-        same = {"data": data.sha256(), "held_out": len(held_out), "lora_rank": plan.lora_rank}
-        if plan.init_from is not None:
-            same["init_from"] = weights_digest(drafter)
+        same: dict[str, Any] = {"data": data.sha256(), "held_out": len(held_out), "lora_rank": plan.lora_rank}
+        same["init_from"] = None if plan.init_from is None else weights_digest(drafter)
         same |= {"target_digest": held_digest(target), **deciding_arguments(args)}
         check_resume(checkpoints, checkpoint, drafter, same)
     keeps_laws = plan.cached_laws and drafter.config.logit_softcap is None
@@ -129,7 +128,8 @@ def train_drafter(
         trainer.evaluate()
     with _disk_errors(checkpoints):
         drafter = _finish(trainer, plan)
-    if getattr(target, "hf_device_map", None) is None:
+    placed = getattr(target, "hf_device_map", None) is not None
+    if not placed and target.get_input_embeddings().weight.device != home:
         target.to(home)  # the trainer took its embeddings to where it trained
     if trainer.is_world_process_zero():
         recipe = make_recipe(

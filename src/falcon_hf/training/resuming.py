@@ -30,6 +30,7 @@ _FREE_FIELDS = frozenset(
 _DECIDING = (
     *("seed", "data_seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay"),
     *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16"),
+    *("lr_scheduler_kwargs", "optim_args", "dataloader_drop_last"),
 )
 _MEMORY_ALONE = {"vocabulary_chunk"}
 

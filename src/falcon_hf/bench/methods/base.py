@@ -25,11 +25,13 @@ class MethodContext:
         target: in evaluation mode, on its device.
         drafter: folder or Hub repo of the Falcon drafter.
         tree: replaces the drafter's own, as its config holds it (see ``draft_trees.py``).
+        batch_size: rows of the calls to come.
     """
 
     target: PreTrainedModel
     drafter: str | None = None
     tree: list[list[int]] | dict[str, Any] | None = None
+    batch_size: int = 1
 
 
 @dataclass(frozen=True)
