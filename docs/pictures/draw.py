@@ -12,8 +12,11 @@ from matplotlib.figure import Figure
 
 from falcon_hf import TreeShape
 from falcon_hf.runtime.modeling_falcon_drafter import relaxed_causal_mask
+from falcon_hf.tuning.check_file import read_check
+from falcon_hf.tuning.pictures import draw_sweep
 
 HERE = Path(__file__).parent
+MEASUREMENTS = HERE.parent / "measurements"
 DRAFTER = HERE.parents[1] / "hub_cards" / "falcon-smollm2-135m-instruct"
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 SEEN, UNSEEN = "#0072B2", "#eeeeee"
@@ -132,7 +135,16 @@ def verification() -> None:
     save(figure, "verification")
 
 
+def sweep() -> None:
+    """Measured speed over plain decoding of the best tree for each k, m and N."""
+    measured = read_check(MEASUREMENTS / "sweep-float32.json")
+    cells = [entry for entry in measured["settings"] if entry["kind"] == "tuned"]
+    figure = draw_sweep({**measured, "settings": cells})
+    save(figure, "sweep")
+
+
 if __name__ == "__main__":
     masks()
     trees()
     verification()
+    sweep()

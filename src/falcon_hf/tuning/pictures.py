@@ -136,10 +136,12 @@ def draw_sweep(check: Mapping[str, Any], value: str = "speedup", source: str = "
         own[key] = max(own.get(key, 0.0), entry[source][value])
     if not cells:
         raise TuningError("The check has no settings to draw.")
-    figure = _figure(5.0 * len(cells), 3.4)
+    across = min(len(cells), 2)
+    down = -(-len(cells) // across)
+    figure = _figure(5.0 * across, 3.4 * down)
     everything = [number for own in cells.values() for number in own.values()]
     for index, ((_, k), own) in enumerate(sorted(cells.items(), key=lambda item: item[0][1]), start=1):
-        axes = figure.add_subplot(1, len(cells), index)
+        axes = figure.add_subplot(down, across, index)
         passes, nodes = (sorted({key[axis] for key in own}) for axis in (0, 1))
         table = [[own.get((m, size), float("nan")) for size in nodes] for m in passes]
         image = axes.imshow(table, vmin=min(everything), vmax=max(everything), cmap="viridis", aspect="auto")
