@@ -203,6 +203,16 @@ class KillAt(TrainerCallback):
             raise KilledError
 
 
+def killed(drafter, target, text, folder, step, **given):
+    """A training that died in the middle of ``step``."""
+    trainer = FalconTrainer(
+        drafter, arguments(folder, **given), target, DialogueDataset(text), callbacks=[KillAt(step)]
+    )
+    with pytest.raises(KilledError):
+        trainer.train()
+    return trainer
+
+
 @pytest.mark.parametrize("killed_at", [4, 7])
 def test_killed_and_resumed_is_the_same_curve(tiny_target, tiny_drafter, tiny_text, tmp_path, killed_at):
     """Glancing, noise, alignments, rollout, dropout-free layers, order of rows: all as if nothing had happened."""
@@ -216,15 +226,7 @@ def test_killed_and_resumed_is_the_same_curve(tiny_target, tiny_drafter, tiny_te
         "first_pass_share": 0.5,
     }
     whole = train(fresh(tiny_drafter, target), target, tiny_text, tmp_path / "whole", **given)
-    broken = FalconTrainer(
-        fresh(tiny_drafter, target),
-        arguments(tmp_path / "broken", **given),
-        target,
-        DialogueDataset(tiny_text),
-        callbacks=[KillAt(killed_at)],
-    )
-    with pytest.raises(KilledError):
-        broken.train()
+    killed(fresh(tiny_drafter, target), target, tiny_text, tmp_path / "broken", killed_at, **given)
     torch.manual_seed(99)  # nothing may hang on the global generator
     resumed = train(fresh(tiny_drafter, target, seed=8), target, tiny_text, tmp_path / "broken", resume=True, **given)
     assert losses(resumed) == losses(whole)
@@ -242,15 +244,7 @@ def test_what_was_seen_and_taken_is_counted_over_a_resume(tiny_target, tiny_draf
     target = tiny_target(VOCAB)
     given = {"max_steps": 9, "save_strategy": "steps", "save_steps": 3, "logging_steps": 50}
     whole = train(fresh(tiny_drafter, target), target, tiny_text, tmp_path / "whole", **given)
-    broken = FalconTrainer(
-        fresh(tiny_drafter, target),
-        arguments(tmp_path / "broken", **given),
-        target,
-        DialogueDataset(tiny_text),
-        callbacks=[KillAt(7)],
-    )
-    with pytest.raises(KilledError):
-        broken.train()
+    broken = killed(fresh(tiny_drafter, target), target, tiny_text, tmp_path / "broken", 7, **given)
     (saved,) = [entry for entry in broken.state.log_history if entry["step"] == 6 and "seconds" in entry]
     often = given | {"logging_steps": 1}
     resumed = train(fresh(tiny_drafter, target), target, tiny_text, tmp_path / "broken", resume=True, **often)

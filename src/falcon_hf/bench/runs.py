@@ -104,10 +104,9 @@ class RunPlan:
 
     def row_counts(self) -> set[int]:
         """Numbers of rows that calls have: the last batch, and later turns, may have fewer."""
-        turns = (
+        return {
             sum(self.asked(one) > turn for one in batch) for batch in self.batches() for turn in self.batch_turns(batch)
-        )
-        return set(turns)
+        }
 
     def batch_turns(self, batch: Sequence[Question]) -> range:
         """The turns that at least one question of a batch is asked."""

@@ -66,6 +66,11 @@ class FalconTrainingArguments(TrainingArguments):
         },
     )
 
+    @property
+    def rows_a_step(self) -> int:
+        """Rows of one optimizer step: of all processes and accumulated batches."""
+        return self.train_batch_size * self.gradient_accumulation_steps * max(1, self.world_size)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in (

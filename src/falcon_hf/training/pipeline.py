@@ -25,13 +25,13 @@ from .batches import DialogueDataset
 from .dataset import joined, load_training_data, split
 from .errors import TrainingError
 from .feature_source import prepare_features
-from .features import Progress, held_digest
+from .features import Progress, held_digest, target_digest
 from .laws import LawCache
 from .losses import DraftHead
 from .new_drafter import make_drafter
 from .plan import SAVED_DTYPES, TrainingPlan
 from .recipe import data_recipe, make_recipe
-from .resuming import check_resume, deciding_arguments, last_checkpoint, refuse_drafter, weights_digest
+from .resuming import check_resume, deciding_arguments, last_checkpoint, refuse_drafter
 from .trainer import FalconTrainer, check_rollout
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def train_drafter(
     check_rollout(args, drafter.config)  # the trainer does, but after the features
     if args.process_index == 0:
         same: dict[str, Any] = {"data": data.sha256(), "held_out": len(held_out), "lora_rank": plan.lora_rank}
-        same["init_from"] = None if plan.init_from is None else weights_digest(drafter)
+        same["init_from"] = None if plan.init_from is None else target_digest(drafter)
         same |= {"target_digest": held_digest(target), **deciding_arguments(args)}
         check_resume(checkpoints, checkpoint, drafter, same)
     keeps_laws = plan.cached_laws and drafter.config.logit_softcap is None

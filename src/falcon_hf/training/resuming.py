@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -39,8 +37,7 @@ def deciding_arguments(args: FalconTrainingArguments) -> dict[str, Any]:
     """The arguments that a resume must not change: optimizer and schedule go on with the checkpoint's, the rest not."""
     base = {field.name for field in dataclasses.fields(TrainingArguments)}
     own = {field.name for field in dataclasses.fields(args)} - base - _MEMORY_ALONE
-    rows = args.train_batch_size * args.gradient_accumulation_steps * max(1, args.world_size)
-    return {name: getattr(args, name) for name in [*_DECIDING, *sorted(own)]} | {"batch_size": rows}
+    return {name: getattr(args, name) for name in [*_DECIDING, *sorted(own)]} | {"batch_size": args.rows_a_step}
 
 
 class AsIfWhole(TrainerCallback):
@@ -64,14 +61,6 @@ class AsIfWhole(TrainerCallback):
         """Tell the order."""
         if self.order is not None:
             self.order.set_epoch(int((state.epoch or 0) + 1e-6))
-
-
-def weights_digest(drafter: FalconDrafter) -> str:
-    """SHA-256 over names and values of a drafter's weights."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(drafter.state_dict().items()):
-        digest.update(name.encode() + weight.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def newest_checkpoint(folder: Path) -> str | None:

@@ -116,8 +116,8 @@ class FalconTrainer(Trainer):
         if not isinstance(data, DialogueDataset):
             return super()._get_train_sampler(train_dataset)
         args = self.args
-        rows = args.train_batch_size * args.gradient_accumulation_steps * max(1, args.world_size)
-        order = LengthGroupedOrder(data.data.lengths, rows, args.data_seed if args.data_seed is not None else args.seed)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        order = LengthGroupedOrder(data.data.lengths, args.rows_a_step, seed)
         self._as_if_whole.order = order
         return order
 

@@ -29,9 +29,9 @@ class CompilingMethod(Method):
         usual = CompileConfig().mode if context.target.device.type == "cuda" else "default"
         self.mode = settings.get("mode", usual)
         super().__init__(label, context, {name: value for name, value in settings.items() if name != "mode"})
-        known = ", ".join({"default": None} | dict.fromkeys(torch._inductor.list_mode_options()))
-        if self.mode not in known.split(", "):
-            raise BenchError(f"{label}: mode must be one of {known}, got {self.mode!r}.")
+        known = list(dict.fromkeys(["default", *torch._inductor.list_mode_options()]))
+        if self.mode not in known:
+            raise BenchError(f"{label}: mode must be one of {', '.join(known)}, got {self.mode!r}.")
         self._longest: int | None = None
 
     def prepare(self, longest: int) -> None:
