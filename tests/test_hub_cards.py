@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from safetensors import safe_open
 from transformers import AutoModel
 
 from falcon_hf import FalconDrafterConfig
-from falcon_hf.runtime.candidate_generator import drafter_tree
+from falcon_hf.runtime.candidate_generator import config_tree
 from falcon_hf.runtime.repo_files import code_stamp
 
 ROOT = Path(__file__).parents[1]
@@ -55,7 +54,7 @@ class TestFolder:
         config = FalconDrafterConfig.from_pretrained(folder)
         assert config.target_name_or_path
         assert config.target_fingerprint
-        assert drafter_tree(SimpleNamespace(config=config)).size > 1
+        assert config_tree(config).size > 1
         entries = json.loads((folder / "config.json").read_text())["auto_map"]
         assert entries == {
             "AutoConfig": "configuration_falcon_drafter.FalconDrafterConfig",

@@ -105,7 +105,7 @@ def trees() -> None:
     config = json.loads((DRAFTER / "config.json").read_text(encoding="utf-8"))
     k = config["block_size"]
     grown = [[0], [1], [0, 0], [2], [0, 1]]
-    assert len(grown) == config["tree"]["nodes"], "draw as many nodes as the shipped drafter grows"
+    assert len(grown) == config["tree"]["dear_rows"]["nodes"], "draw as many nodes as the shipped drafter grows"
     own = TreeShape.from_paths(grown)
     paper = TreeShape.paper(k)
     figure = Figure(figsize=(9, 5), layout="constrained")
@@ -114,7 +114,7 @@ def trees() -> None:
         left,
         own,
         k,
-        f"The shipped drafter: {len(grown)} nodes a round,\nsuch as these; numbers are ranks in its law",
+        f"The shipped drafter, CPU in float32: {len(grown)} nodes,\nsuch as these; numbers are ranks in its law",
         labels=True,
     )
     tree(right, paper, k, f"The paper's kind for k = {k}: {paper.size - 1} nodes", labels=False)

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import CompileConfig
 
-from .runtime.candidate_generator import drafter_tree
+from .runtime.candidate_generator import config_tree
 
 
 def compiled(longest: int | None = None, drafter: Any = None, mode: str | None = None) -> dict[str, Any]:
@@ -30,5 +30,5 @@ def compiled(longest: int | None = None, drafter: Any = None, mode: str | None =
     compile_config._compile_all_devices = True  # transformers' own switch; it has no public name yet
     keywords: dict[str, Any] = {"cache_implementation": "static", "compile_config": compile_config}
     if longest is not None:
-        keywords["max_cache_len"] = longest + (0 if drafter is None else drafter_tree(drafter).size)
+        keywords["max_cache_len"] = longest + (0 if drafter is None else config_tree(drafter.config).size)
     return keywords

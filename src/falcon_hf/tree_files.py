@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .runtime.dynamic_tree import DynamicTree
+from .runtime.machine_trees import MachineTrees
 from .runtime.tree_shape import TreeShape
 
 
@@ -48,7 +48,7 @@ def read_tree(source: Path | str, name: str | None = None) -> TreeShape | dict[s
         found = _json_tree(text)
         if isinstance(found, list):
             return TreeShape.from_paths(found)
-        DynamicTree.from_config({**found, "calibration": None}, block_size=1)
+        MachineTrees.from_config({**found, "calibration": None}, block_size=1)
         return found
     except (OSError, SyntaxError, TypeError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())

@@ -17,6 +17,7 @@ from falcon_hf.bench.question_sets import find_questions
 from falcon_hf.cli.prompts import read_prompts
 from falcon_hf.tuning.calibration import Calibration
 from falcon_hf.tuning.choice import choose
+from falcon_hf.tuning.drafter_tree import drafter_config, write_drafter_tree
 from falcon_hf.tuning.errors import TuningError
 from falcon_hf.tuning.roofline import SHAPES, TargetShape, gpu_named
 
@@ -98,6 +99,31 @@ def test_tune_check_and_apply(run: Run, repos: Path, home: Path) -> None:
     assert (home / "tune.json").read_bytes() == before
     shutil.copy(home / "questions.jsonl", home / "renamed.jsonl")
     assert run(*options(repos, home, prompts=home / "renamed.jsonl"), "--json").exit_code == 0
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_apply_beside_the_tree_of_other_machines(
+    run: Run, repos: Path, home: Path, tmp_path: Path, measured: bool
+) -> None:
+    """A CPU in float32 has dear rows: what the drafter had stays for cheap ones, and is refused where there is none."""
+    folder = tmp_path / "drafter"
+    shutil.copytree(home / "drafter", folder)
+    static = [[0], [1]]
+    write_drafter_tree(folder, static)
+    given = options(repos, home, apply=folder, drafter=folder, output=tmp_path / "tune.json")
+    assert_refused(run(*given, "--beside"), "--beside keeps a dynamic tree", "has none")
+    assert drafter_config(folder)["tree"] == static
+    write_drafter_tree(folder, {"kind": "dynamic", "nodes": 3, "width": 2})
+    assert_refused(run(*given, "--beside", "--static"), "--static")
+    assert_refused(run(*options(repos, home), "--beside"), "--beside", "only with --apply")
+    measuring = ("--dynamic", "--check", str(tmp_path / "check.json"), "--settings", "6") if measured else ()
+    result = run(*given, "--beside", *measuring)
+    assert result.exit_code == 0, result.output
+    assert "on machines of this kind" in " ".join(result.stderr.split())
+    tree = FalconDrafter.from_pretrained(folder).config.tree
+    assert tree["cheap_rows"] == {"nodes": 3, "width": 2}
+    assert {"nodes", "passes", "width", "candidates"} <= set(tree["dear_rows"])
+    assert "acceptance" in tree["calibration"]
 
 
 def test_a_check_that_was_stopped_goes_on(

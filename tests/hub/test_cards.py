@@ -6,7 +6,6 @@ import copy
 import hashlib
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import ModelCard
@@ -18,7 +17,8 @@ from falcon_hf.cli.publish import render_results
 from falcon_hf.hub.cards import CardSource, build_card, read_recipe, result_files
 from falcon_hf.hub.errors import HubError
 from falcon_hf.hub.publish import prepare
-from falcon_hf.runtime.candidate_generator import drafter_tree
+from falcon_hf.runtime.candidate_generator import config_tree
+from falcon_hf.runtime.machine_trees import MachineTrees
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = sorted(path for path in (ROOT / "hub_cards").iterdir() if path.is_dir())
@@ -74,7 +74,12 @@ class TestPublishedCards:
             settings = json.loads(path.read_text())["settings"]
             method = settings["methods"]["falcon"]
             assert method["weights_sha256"] == digest, path
-            tree = drafter_tree(SimpleNamespace(config=config), settings["batch_size"])
+            machine, dtype = settings["machine"], settings["target"]["dtype"]
+            # As has_dear_rows on the machine that measured: these CPUs multiply bfloat16 fast if they have AVX-512.
+            fast = machine["device"] != "cpu" or (machine["cpu_capability"] == "AVX512" and dtype == "bfloat16")
+            tree = config_tree(config)
+            if isinstance(tree, MachineTrees):
+                tree = tree.where(dear=not fast).for_rows(settings["batch_size"])
             assert method["tree"] == describe_tree(tree, config.block_size)["tree"], path
             assert method["config"]["lookup"] == config.lookup, path
             assert (method["block_size"], method["fusion"]) == (config.block_size, config.fusion)
@@ -93,8 +98,10 @@ class TestPublishedCards:
             count += size
         assert f"| {count / 1e6:.1f} million, 16 bits each |" in text
         assert f"Block size k = {config.block_size}, {config.fusion} fusion" in text
-        looked_up = ", candidates from the text among them" if config.lookup is not None else ""
-        assert f"| tree | dynamic, {config.tree['nodes']} nodes at most, in one pass{looked_up} |" in text
+        trees = config_tree(config)
+        assert f"| tree | dynamic, {trees.where(dear=False).nodes} nodes at most, in " in text
+        assert f" {trees.where(dear=True).nodes} nodes at most, in " in text
+        assert (", candidates from the text among them |" in text) == (config.lookup is not None)
         assert f"drafting over {config.draft_vocab_size:,} tokens" in text
 
 
@@ -114,6 +121,17 @@ def small_source(**changes):
         ([[0], [1]], None, "| tree | 2 nodes |"),
         ({"kind": "dynamic", "nodes": 7}, None, "| tree | dynamic, 7 nodes at most, in 2 passes |"),
         ({"kind": "dynamic", "nodes": 7, "passes": 1}, {}, "in one pass, candidates from the text among them |"),
+        (
+            {"kind": "dynamic", "cheap_rows": {"nodes": 16}, "dear_rows": {"nodes": 5, "passes": 1}},
+            None,
+            "dynamic, 16 nodes at most, in 2 passes; on a CPU in float32, or without fast half precision, "
+            "5 nodes at most, in one pass |",
+        ),
+        (
+            {"kind": "dynamic", "cheap_rows": {"nodes": 5}, "dear_rows": {"nodes": 5, "batch_nodes": [[2, 3]]}},
+            None,
+            "| tree | dynamic, 5 nodes at most, in 2 passes |",
+        ),
     ],
 )
 def test_a_card_says_what_the_tree_is(tree, lookup, words):

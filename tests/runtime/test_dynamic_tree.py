@@ -203,7 +203,7 @@ def test_larger_batches_get_fewer_nodes_a_row(tiny_target, tiny_drafter):
         ([[2, 99], [3, 4]], [16, 16, 4, 4]),
     ):
         drafter = tiny_drafter(target, 2, tree=SPEC | {"candidates": 16, "batch_nodes": fewer})
-        assert drafter_tree(drafter).size == 17  # what a cache for all batches needs
+        assert drafter_tree(drafter, target).size == 17  # what a cache for all batches needs
         for rows, size in enumerate(sizes, start=1):
             seen: set[int] = set()
             drafter.on_round = lambda tree, paths, seen=seen: seen.add(tree.size - 1)

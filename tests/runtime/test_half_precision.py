@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from falcon_hf.runtime import half_precision
-from falcon_hf.runtime.half_precision import drafting_dtype, multiplies_fast, verifies_fast
+from falcon_hf.runtime.half_precision import drafting_dtype, has_dear_rows, multiplies_fast, verifies_fast
 
 CPU = torch.device("cpu")
 PROMPT = torch.tensor([[3, 1, 4, 1, 5]])
@@ -52,6 +52,15 @@ def test_a_gpu_that_emulates_bfloat16_does_not_count(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     assert not multiplies_fast(torch.device("cuda"), torch.bfloat16)
     assert multiplies_fast(torch.device("cuda"), torch.float16)
+
+
+def test_rows_are_dear_on_a_cpu_but_for_half_precision_with_kernels(kernels):
+    kernels(True)
+    assert has_dear_rows(CPU, torch.float32)
+    assert not has_dear_rows(CPU, torch.bfloat16)
+    kernels(False)
+    assert has_dear_rows(CPU, torch.bfloat16)
+    assert not has_dear_rows(torch.device("cuda"), torch.float32)
 
 
 def test_a_drafter_is_loaded_in_what_is_fast(kernels):

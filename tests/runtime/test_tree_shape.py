@@ -106,9 +106,9 @@ def test_configs_tree_is_the_shape(tiny_target, tiny_drafter):
     from falcon_hf.runtime.candidate_generator import drafter_tree
 
     target = tiny_target()
-    assert drafter_tree(tiny_drafter(target, 3)) == TreeShape.paper(3)
+    assert drafter_tree(tiny_drafter(target, 3), target) == TreeShape.paper(3)
     paths = [[0], [1], [0, 0]]
-    assert drafter_tree(tiny_drafter(target, 3, tree=paths)) == TreeShape.from_paths(paths)
+    assert drafter_tree(tiny_drafter(target, 3, tree=paths), target) == TreeShape.from_paths(paths)
 
 
 def test_a_configs_tree_with_a_missing_parent_is_refused(tiny_target, tiny_drafter):

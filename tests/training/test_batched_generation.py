@@ -122,16 +122,46 @@ def test_features_are_those_of_a_forward_over_the_text(family: str) -> None:
         assert not torch.allclose(text.features[:-1], expected[1:], atol=1e-2)
 
 
-def test_replaced_rows_keep_what_they_had() -> None:
+@pytest.mark.parametrize("added", [[2], [7], None])
+def test_replaced_rows_keep_what_they_had(added: list[int] | None) -> None:
+    """The longer of old and new rows decides where both end; None: rows go and none come."""
     cache, new = GrowingCache(), GrowingCache()
-    keys = torch.arange(2 * 5.0).view(2, 1, 5, 1)
+    keys = torch.arange(1, 11.0).view(2, 1, 5, 1)
     cache.update(keys, -keys, 0)
-    more = torch.full((1, 1, 2, 1), 7.0)
-    new.update(more, -more, 0)
-    cache.replace_rows(torch.tensor([1]), 2, new)
-    assert cache.layers[0].keys[:, 0, :, 0].tolist() == [[7.0, 8.0, 9.0], [0.0, 7.0, 7.0]]
-    assert cache.layers[0].values[:, 0, :, 0].tolist() == [[-7.0, -8.0, -9.0], [0.0, -7.0, -7.0]]
-    assert cache.get_seq_length() == 3
+    rows = [[8.0, 9.0, 10.0]]
+    if added is not None:
+        more = torch.full((1, 1, added[0], 1), 7.0)
+        new.update(more, -more, 0)
+        rows.append([7.0] * added[0])
+    cache.replace_rows(torch.tensor([1]), 2, None if added is None else new)
+    longest = max(map(len, rows))
+    padded = [[0.0] * (longest - len(row)) + row for row in rows]
+    layer = cache.layers[0]
+    assert layer.keys[:, 0, :, 0].tolist() == padded
+    assert layer.values[:, 0, :, 0].tolist() == [[-value for value in row] for row in padded]
+    assert cache.get_seq_length() == longest
+    slots, _ = layer.get_mask_sizes(1)
+    store, _ = cache.update(torch.full((len(rows), 1, 1, 1), 3.0), torch.zeros(len(rows), 1, 1, 1), 0)
+    assert store.shape[2] == slots, "attention gets as many slots as its mask has"
+    assert store[:, 0, : longest + 1, 0].tolist() == [[*row, 3.0] for row in padded]
+
+
+def test_prompts_that_join_together_are_alike_in_length() -> None:
+    prompts = some_prompts(40)
+    found = list(batched_generation._of_like_length(prompts, 4, 16))
+    assert sorted(found) == list(enumerate(prompts))
+    assert found == list(batched_generation._of_like_length(iter(prompts), 4, 16)), "the same order every time"
+    for first in (0, 16, 32):
+        window = sorted(map(len, prompts[first : first + 16]))
+        groups = [[len(prompt) for _, prompt in found[at : at + 4]] for at in range(first, min(first + 16, 40), 4)]
+        assert sorted(groups) == [window[at : at + 4] for at in range(0, len(window), 4)], "neighbours by length"
+    assert [len(prompt) for _, prompt in found[:16]] != sorted(len(prompt) for _, prompt in found[:16])
+
+
+def test_groups_of_a_larger_batch_are_all_answered(tiny_target: Any) -> None:
+    target, prompts = tiny_target(VOCAB), some_prompts(70)
+    texts = together(target, prompts, batch_size=16)
+    assert [texts[number].tokens for number in range(70)] == [alone(target, prompt) for prompt in prompts]
 
 
 def test_sampling_is_the_law_cut_at_top_p_and_leaves_the_global_state_alone() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from falcon_hf import TreeShape
-from falcon_hf.runtime.dynamic_tree import DynamicTree
+from falcon_hf.runtime.machine_trees import MachineTrees
 from falcon_hf.training.acceptance import MISSED, TreeTable, block_ranks, simulated_shape, walk
 from falcon_hf.training.arguments import FalconTrainingArguments
 from falcon_hf.training.batches import DialogueDataset
@@ -114,10 +114,11 @@ def test_table_follows_paths():
 
 @pytest.mark.parametrize("fields", [{"nodes": 24}, {"nodes": 3, "passes": 3}, {"nodes": 1}, {"nodes": 60, "passes": 1}])
 def test_a_dynamic_tree_is_simulated_by_a_static_one_of_its_size(tiny_target, tiny_drafter, tmp_path, fields):
-    tree = DynamicTree.from_config({"kind": "dynamic", **fields}, 2)
-    shape = simulated_shape(tree, 2)
+    shape = simulated_shape(MachineTrees.from_config({"kind": "dynamic", **fields}, 2), 2)
     assert min(fields["nodes"], 2) <= shape.size <= fields["nodes"] + 1
-    assert shape.depth <= 2 * tree.passes
+    assert shape.depth <= 2 * fields.get("passes", 2)
+    both = {"kind": "dynamic", "cheap_rows": fields, "dear_rows": {"nodes": 2, "passes": 1}}
+    assert simulated_shape(MachineTrees.from_config(both, 2), 2) == shape
     own = TreeShape.from_paths([[0], [1]])
     assert simulated_shape(own, 2) is own
     target = tiny_target(VOCAB)

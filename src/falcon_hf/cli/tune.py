@@ -15,10 +15,12 @@ from ..bench.provenance import describe_target, machine, versions
 from ..bench.question_sets import NAMES
 from ..bench.result_file import first_setting_that_differs
 from ..drafter_loading import DrafterError, drafter_folder
+from ..runtime.half_precision import has_dear_rows
+from ..runtime.machine_trees import KINDS
 from ..tuning.calibrate import CalibrationPlan, NamedDrafter, calibrate
 from ..tuning.calibration import Calibration
 from ..tuning.choice import Prediction, choose, fitting
-from ..tuning.drafter_tree import write_drafter_tree
+from ..tuning.drafter_tree import drafter_config, write_drafter_tree
 from ..tuning.errors import TuningError
 from ..tuning.pictures import draw_sweep, draw_tree, need_matplotlib, save
 from .console import (
@@ -82,6 +84,14 @@ def tune(
         ),
     ] = None,
     static: Annotated[bool, typer.Option("--static", help="--apply writes the static tree, without look-up.")] = False,
+    beside: Annotated[
+        bool,
+        typer.Option(
+            "--beside",
+            help="--apply keeps the drafter's dynamic tree for machines of the other kind: a GPU, or a CPU in bfloat16 "
+            "that multiplies it fast, against a CPU otherwise.",
+        ),
+    ] = False,
     check: Annotated[
         Path | None, typer.Option(help="Measure settings beside plain generate() and store them with predictions.")
     ] = None,
@@ -131,6 +141,8 @@ def tune(
     _refuse_ignored(command, simulated, cost_curves, check is not None, sweep, apply is not None)
     if static and dynamic:
         fail("--static and --dynamic rule each other out.")
+    if static and beside:
+        fail("--static writes a tree for all machines: there is none beside it.")
     try:
         if pictures is not None:
             need_matplotlib()  # before anything is measured for them
@@ -164,7 +176,7 @@ def tune(
         sources = drafter or ([find_demo_drafter()] if target == DEMO else [])
         if not sources:
             raise TuningError("Name the target's drafter: --drafter FOLDER_OR_REPO.")
-        receiver = None if apply is None else _receiver(apply, sources)
+        receiver = None if apply is None else _receiver(apply, sources, beside)
         set_threads(threads)
         with quiet():
             model, tokenizer = load_target(target, parsed, where)
@@ -189,14 +201,20 @@ def tune(
             ranked = fitting(found, max_nodes)
             best = ranked[0]
             applied = None
+            dear = has_dear_rows(model.device, model.dtype)
             if apply is not None and not dynamic:
                 # The best tree of this drafter: another one's ranks and k are not its own.
                 own = next(one for one in ranked if one.drafter == receiver)
-                applied = _apply(apply, own, calibration, static or _draws_siblings(drafters, own.drafter))
+                given = own if static or _draws_siblings(drafters, own.drafter) else calibration.dynamic(own)
+                # A dynamic tree of the same size and look-up were faster on all sets of docs/comparison.md, on one CPU.
+                # --dynamic --check measures both where it is to be used.
+                applied = write_drafter_tree(apply, given.tree, given.lookup, dear=dear, beside=beside)
             result = None
             if check is not None:
                 chosen = check_settings(calibration, best, plan, None if sweep else settings, dynamic)
-                if apply is not None and dynamic and all(one.drafter != receiver for one in chosen):
+                # Beside another tree there can be a dynamic one only.
+                eligible = [one for one in chosen if one.drafter == receiver and (one.dynamic or not beside)]
+                if apply is not None and dynamic and not eligible:
                     raise TuningError(
                         f"None of the {len(chosen)} settings to measure is one of {apply}, which is to get the fastest "
                         "of its own: raise --settings, or give that --drafter alone."
@@ -206,10 +224,10 @@ def tune(
                     _progress(not as_json),
                 )  # fmt: skip
                 if apply is not None and dynamic:  # what a dynamic tree is worth is known by now, and only now
-                    timed = [entry for entry in result["settings"] if entry["drafter"] == receiver]
+                    own_entries = (entry for entry in result["settings"] if entry["drafter"] == receiver)
+                    timed = [entry for entry in own_entries if isinstance(entry["tree"], dict) or not beside]
                     fastest = max(timed, key=lambda entry: float(entry["measured"]["tokens_per_second"]))
-                    write_drafter_tree(apply, fastest["tree"], fastest["lookup"])
-                    applied = _words(fastest["tree"])
+                    applied = write_drafter_tree(apply, fastest["tree"], fastest["lookup"], dear=dear, beside=beside)
             if pictures is not None:
                 _draw(pictures, calibration, best, result if sweep else None)
     except (TuningError, BenchError, DrafterError) as error:
@@ -217,7 +235,7 @@ def tune(
     except KeyboardInterrupt:
         stderr.print("Stopped. A finished calibration and a begun --check are kept; the same command goes on.")
         raise typer.Exit(130) from None
-    _show(found, result, output, applied and f"The best tree, {applied}, is now the tree of {apply}.", as_json)
+    _show(found, result, output, None if applied is None else _words(applied, apply), as_json)
 
 
 def _refuse_ignored(
@@ -232,7 +250,7 @@ def _refuse_ignored(
     else:
         refuse_options(command, _PLANNED, "only with --simulate (--shape with --cost-curves too)")
     if not applies:
-        refuse_options(command, {"static"}, "only with --apply")
+        refuse_options(command, {"static", "beside"}, "only with --apply")
     if not checks:
         refuse_options(command, _CHECKS, "needs --check FILE")
     elif sweeps:
@@ -266,14 +284,16 @@ def _draw(folder: Path, calibration: Calibration, best: Prediction, sweep: dict[
             save(draw_sweep(own), folder / f"sweep-{kind}")
 
 
-def _receiver(folder: Path, sources: list[str]) -> str:
+def _receiver(folder: Path, sources: list[str], beside: bool) -> str:
     """Which of the drafters lies in the folder of ``--apply``.
 
     Raises:
-        TuningError: if none does.
+        TuningError: if none does, or it has no tree to be kept ``beside``.
     """
     if not (folder / "config.json").is_file():
         raise TuningError(f"--apply {folder} is no drafter's folder.")
+    if beside and not isinstance(drafter_config(folder).get("tree"), dict):
+        raise TuningError(f"--beside keeps a dynamic tree for machines of the other kind, and {folder} has none.")
     for source in sources:
         if Path(source).is_dir() and Path(source).resolve() == folder.resolve():
             return source
@@ -283,20 +303,11 @@ def _receiver(folder: Path, sources: list[str]) -> str:
     )
 
 
-def _apply(folder: Path, best: Prediction, calibration: Calibration, static: bool) -> str:
-    """Give the drafter in ``folder`` its best tree; returns what that is, in words.
-
-    A dynamic tree of the same size and look-up were faster on all sets of ``docs/comparison.md``, on one CPU.
-    ``--dynamic --check`` measures both where it is to be used.
-    """
-    assert best.shape is not None
-    given = best if static else calibration.dynamic(best)
-    write_drafter_tree(folder, given.tree, given.lookup)
-    return _words(given.tree)
-
-
-def _words(tree: Any) -> str:
-    return "dynamic with look-up" if isinstance(tree, dict) else "static"
+def _words(tree: Any, folder: Path | None) -> str:
+    """What was applied, and for which machines."""
+    kind = "dynamic with look-up" if isinstance(tree, dict) else "static"
+    where = ", on machines of this kind" if isinstance(tree, dict) and KINDS[0] in tree else ""
+    return f"The best tree, {kind}, is now the tree of {folder}{where}."
 
 
 def _draws_siblings(drafters: list[NamedDrafter], name: str) -> bool:

@@ -20,6 +20,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..processor_name import processor_name
 from ..runtime.configuration_falcon_drafter import FalconDrafterConfig
 from ..runtime.dynamic_tree import DynamicTree
+from ..runtime.machine_trees import MachineTrees
 from ..runtime.repo_card import USE, card_fields, describe
 from .errors import HubError
 
@@ -255,11 +256,18 @@ def _tree(config: FalconDrafterConfig) -> str:
     if config.tree is None:
         return "the paper's tree for this block size"
     if isinstance(config.tree, dict):
-        tree = DynamicTree.from_config(config.tree, config.block_size)
-        passes = "one pass" if tree.passes == 1 else f"{tree.passes} passes"
+        trees = MachineTrees.from_config(config.tree, config.block_size)
         looked_up = "" if config.lookup is None else ", candidates from the text among them"
-        return f"dynamic, {tree.nodes} nodes at most, in {passes}{looked_up}"
+        cheap, dear = _nodes(trees.cheap_rows), _nodes(trees.dear_rows)
+        if dear != cheap:
+            cheap += f"; on a CPU in float32, or without fast half precision, {dear}"
+        return f"dynamic, {cheap}{looked_up}"
     return f"{len(config.tree)} nodes"
+
+
+def _nodes(tree: DynamicTree) -> str:
+    passes = "one pass" if tree.passes == 1 else f"{tree.passes} passes"
+    return f"{tree.nodes} nodes at most, in {passes}"
 
 
 def _training(recipe: dict[str, Any]) -> str:

@@ -10,26 +10,28 @@ from __future__ import annotations
 
 import torch
 
-from ..runtime.dynamic_tree import DynamicTree
+from ..runtime.machine_trees import MachineTrees
 from ..runtime.tree_shape import TreeShape
 
 MISSED = 2**30
 """Rank of a token that is not among the candidates, or not in the draft vocabulary."""
 
 
-def simulated_shape(tree: TreeShape | DynamicTree, block_size: int) -> TreeShape:
+def simulated_shape(tree: TreeShape | MachineTrees, block_size: int) -> TreeShape:
     """The static tree to simulate: the drafter's own, or for a dynamic tree one of its depth and size by a rule.
 
-    The rule is [`TreeShape.paper`]'s, with the least taper whose tree is small enough. A dynamic tree picks its nodes
-    by confidence, so it will do better than its stand-in.
+    Of two it is the one for cheap rows, wherever the training runs. The rule is [`TreeShape.paper`]'s, with the least
+    taper whose tree is small enough. A dynamic tree picks its nodes by confidence, so it will do better than its
+    stand-in.
     """
     if isinstance(tree, TreeShape):
         return tree
-    depth, children = tree.passes * block_size, min(tree.candidates, tree.nodes)
+    dynamic = tree.where(dear=False)
+    depth, children = dynamic.passes * block_size, min(dynamic.candidates, dynamic.nodes)
     while True:
         for quarter in range(1, 33):
             shape = TreeShape.paper(block_size, depth, children, taper=quarter / 4)
-            if shape.size <= tree.nodes + 1:
+            if shape.size <= dynamic.size:
                 return shape
         if children > 1:
             children -= 1

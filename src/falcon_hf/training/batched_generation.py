@@ -8,6 +8,8 @@ joins late is padded on the left, as any batch of prompts is; the texts are thos
 
 from __future__ import annotations
 
+import itertools
+import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +26,8 @@ Choose = Callable[[torch.Tensor], torch.Tensor]
 
 # Rows are replaced when this share of them has ended: replacing copies the cache.
 _REPLACED_SHARE = 1 / 8
+# Batches of prompts among which neighbours by length are found.
+_WINDOW = 4
 
 
 def greedy(logits: torch.Tensor) -> torch.Tensor:
@@ -99,7 +103,7 @@ def generate_texts(
 
     Args:
         target: a decoder-only model of any family that Falcon verifies trees on.
-        prompts: token ids, at least one each; taken as rows become free.
+        prompts: token ids, at least one each; read a few batches ahead.
         batch_size: rows decoded together.
         max_new_tokens: of each text.
         end_ids: tokens that end a text; it keeps them.
@@ -116,19 +120,35 @@ def generate_texts(
     if batch_size < 1 or max_new_tokens < 1:
         raise ValueError("batch_size and max_new_tokens must be at least 1.")
     batch = _Batch(target, max_new_tokens, frozenset(end_ids), choose, feature_layers)
-    waiting = enumerate(prompts)
+    group = max(1, int(batch_size * _REPLACED_SHARE))
+    waiting = _of_like_length(prompts, group, _WINDOW * batch_size)
     exhausted = False
     while True:
         free = batch_size - batch.active
         if batch.active == 0 or free >= batch_size * _REPLACED_SHARE:
-            joining = [] if exhausted else [prompt for _, prompt in zip(range(free), waiting, strict=False)]
-            exhausted = exhausted or len(joining) < free
+            most = free - free % group  # whole groups, so that few prompts are padded much
+            joining = [] if exhausted else list(itertools.islice(waiting, most))
+            exhausted = exhausted or len(joining) < most
             if joining or batch.active == 0 or batch.ended >= len(batch.rows) * _REPLACED_SHARE:
                 yield from batch.replace(joining)
             if not batch.rows:
                 return
         if batch.active:
             batch.step()
+
+
+def _of_like_length(prompts: Iterable[list[int]], group: int, window: int) -> Iterator[tuple[int, list[int]]]:
+    """Numbered prompts in an order of its own: groups of neighbours by length within a window, the groups shuffled.
+
+    Prompts that join together are padded to the longest of them. In order of length the last dialogues, which trainers
+    hold out, would be the longest.
+    """
+    numbered, order = enumerate(prompts), random.Random(0)
+    while near := list(itertools.islice(numbered, window)):
+        near.sort(key=lambda prompt: len(prompt[1]))
+        groups = [near[first : first + group] for first in range(0, len(near), group)]
+        order.shuffle(groups)
+        yield from itertools.chain.from_iterable(groups)
 
 
 class _Batch:

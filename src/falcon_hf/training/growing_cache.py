@@ -47,11 +47,12 @@ class GrowingLayer(DynamicLayer):
         used = self.get_seq_length()
         return (_slots(used + query_length) if used else query_length), 0
 
-    def put(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Hold ``[B, heads, L, d]`` keys and values instead of those held so far."""
-        self.lazy_initialization(keys, values)
-        self._key_store = self._value_store = None
-        self.update(keys, values)
+    def replace_rows(self, kept: torch.Tensor, first_slot: int, new: GrowingLayer | None) -> None:
+        """Of one layer, what [`GrowingCache.replace_rows`] does to all."""
+        used = max(self.get_seq_length() - first_slot, 0 if new is None else new.get_seq_length())
+        self._key_store = _joined(self.keys[:, :, first_slot:], kept, None if new is None else new.keys, used)
+        self._value_store = _joined(self.values[:, :, first_slot:], kept, None if new is None else new.values, used)
+        self.keys, self.values = self._key_store[:, :, :used], self._value_store[:, :, :used]
 
 
 def _slots(tokens: int) -> int:
@@ -64,6 +65,16 @@ def _roomier(held: torch.Tensor, like: torch.Tensor, used: int, slots: int) -> t
     store = like.new_zeros((*like.shape[:2], slots, like.shape[3]))
     if used:
         store[:, :, :used] = held
+    return store
+
+
+def _joined(held: torch.Tensor, kept: torch.Tensor, new: torch.Tensor | None, used: int) -> torch.Tensor:
+    """A store ``[n, heads, slots, d]``: the ``kept`` rows of ``held``, then those of ``new``; all end at ``used``."""
+    rows = len(kept) + (0 if new is None else new.shape[0])
+    store = held.new_zeros((rows, held.shape[1], _slots(used), held.shape[3]))
+    store[: len(kept), :, used - held.shape[2] : used] = held[kept]
+    if new is not None:
+        store[len(kept) :, :, used - new.shape[2] : used] = new
     return store
 
 
@@ -82,16 +93,4 @@ class GrowingCache(Cache):
             new: rows to add behind them; the shorter of the two is filled up with zeros at its front. None: none.
         """
         for index, layer in enumerate(self.layers):
-            parts = [(layer.keys[kept, :, first_slot:], layer.values[kept, :, first_slot:])]
-            if new is not None:
-                parts.append((new.layers[index].keys, new.layers[index].values))
-            slots = max(keys.shape[2] for keys, _ in parts)
-            layer.put(
-                torch.cat([_lengthened(keys, slots) for keys, _ in parts]),
-                torch.cat([_lengthened(values, slots) for _, values in parts]),
-            )
-
-
-def _lengthened(tensor: torch.Tensor, slots: int) -> torch.Tensor:
-    """``[B, heads, L, d]`` -> ``[B, heads, slots, d]``, zeros in front."""
-    return torch.nn.functional.pad(tensor, (0, 0, slots - tensor.shape[2], 0))
+            layer.replace_rows(kept, first_slot, None if new is None else new.layers[index])

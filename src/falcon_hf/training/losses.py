@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
 
+from ..runtime.half_precision import HALF_PRECISION
+from .fewer_shapes import makes_code_by_shape, padded_rows
+
 if TYPE_CHECKING:
     from .laws import TargetLaws
 
@@ -39,10 +42,19 @@ class DraftHead:
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """``[n, H]`` -> ``[n, V']``, in the weight's dtype."""
-        logits = torch.mm(features.to(self.weight.dtype), self.weight.T)
+        logits = self._product(features.to(self.weight.dtype), self.weight.T)
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    def mixed_rows(self, shares: torch.Tensor) -> torch.Tensor:
+        """``[n, V']`` shares of the head's rows -> their sums ``[n, H]``, in the weight's dtype."""
+        return self._product(shares.to(self.weight.dtype), self.weight)
+
+    def _product(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if not makes_code_by_shape(weight.device, weight.dtype in HALF_PRECISION):
+            return torch.mm(rows, weight)
+        return torch.mm(padded_rows(rows), weight)[: rows.shape[0]]
 
     @torch.no_grad()
     def likeliest(self, features: torch.Tensor, chunk: int = CHUNK) -> torch.Tensor:
@@ -127,7 +139,7 @@ class _VocabularyLoss(torch.autograd.Function):
             slope.scatter_add_(1, label, slope.new_full(label.shape, -ce_weight))
             if head.softcap is not None:
                 slope *= 1 - (drafted.to(exact) / head.softcap) ** 2
-            rows_of_head = torch.mm(slope.to(weight.dtype), weight)
+            rows_of_head = head.mixed_rows(slope)
             if not isinstance(features, torch.Tensor):
                 rows_of_head = rows_of_head - features.mean_rows[part].to(weight.dtype) * kl_weight
             gradient[part] = rows_of_head

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from transformers import PreTrainedModel, Trainer
 
-from ..runtime.candidate_generator import drafter_tree
+from ..runtime.candidate_generator import config_tree
 from ..runtime.modeling_falcon_drafter import FalconDrafter
 from ..runtime.target import head_weight, input_embeddings
 from .acceptance import simulated_shape
@@ -29,6 +29,7 @@ from .csgd import (
 from .errors import TrainingError
 from .evaluation import EvaluationPlan, Tally, evaluate_batch
 from .features import compute_features
+from .fewer_shapes import filled, makes_code_by_shape, widened
 from .losses import DraftHead, feature_loss, vocabulary_loss
 from .resuming import AsIfWhole
 from .row_draws import RowDraws
@@ -97,6 +98,7 @@ class FalconTrainer(Trainer):
         self._dtype: torch.dtype = (
             (torch.bfloat16 if args.bf16 else torch.float16) if reduced else next(drafter.parameters()).dtype
         )
+        self._fewer_shapes = makes_code_by_shape(device, reduced)
         head = drafter.draft_head(head_weight(target)).to(device, self._dtype).contiguous()
         self._head = DraftHead(head, drafter.config.logit_scale, drafter.config.logit_softcap)
         places = torch.arange(drafter.config.vocab_size)
@@ -134,7 +136,13 @@ class FalconTrainer(Trainer):
             mask = torch.arange(inputs["input_ids"].shape[1], device=self.args.device) < inputs["lengths"][:, None]
             features = compute_features(self._target, inputs["input_ids"], mask.long(), self._config.feature_layers)
             inputs = {**inputs, "features": features}
+        if self._fewer_shapes:
+            inputs = widened(inputs)
         return make_pairs(inputs, self._block_size, self._config.hidden_size)
+
+    def _computed(self, wanted: torch.Tensor) -> torch.Tensor:
+        """Flat indices of the columns to compute estimates of, where those of ``[R, S]`` bool are ``wanted``."""
+        return (filled(wanted) if self._fewer_shapes else wanted).flatten().nonzero()[:, 0]
 
     # Training
 
@@ -223,7 +231,7 @@ class FalconTrainer(Trainer):
         asked = asked or [0]  # not counted; DDP wants a forward of every process
         learned = pairs.learned
         row = torch.tensor(asked, device=learned.device)
-        index = learned[row].flatten().nonzero()[:, 0]
+        index = self._computed(learned[row])
         seen = features[row] if noise is None else features[row] + noise[row]
         with torch.no_grad():
             estimates = model(
@@ -271,34 +279,31 @@ class FalconTrainer(Trainer):
             estimates corrected for the token before them, if the drafter has a correction.
         """
         k = self._block_size
-        inputs = {"features": features, "embeddings": embeddings, "block_offset": offsets, "pair_mask": pairs.real}
-        wanted = [kept.flatten().nonzero()[:, 0]]
-        corrects = self._config.correction_rank is not None
-        before = pairs.before.flatten()
-        if rolled == 0:
-            if corrects:
-                previous = self._embed(before.index_select(0, wanted[0])[None])[0]
-                first, corrected = model(**inputs, select=wanted[0], previous_embeddings=previous)
-                return [first], wanted, corrected
-            return [model(**inputs, select=wanted[0])], wanted, None
+        inputs: dict[str, Any] = {"features": features, "embeddings": embeddings}
+        inputs |= {"block_offset": offsets, "pair_mask": pairs.real}
         # Further passes read the estimates of all columns, but learn only where those came from true pairs.
         computed = kept.clone()
         computed[:rolled] = True
-        index = computed.flatten().nonzero()[:, 0]
+        masks, selects = [kept], [self._computed(computed)]
         valid = pairs.learned[:rolled] if replaced is None else (pairs.learned & ~replaced)[:rolled]
-        for _ in range(self.args.rollout_passes - 1):
+        for _ in range(self.args.rollout_passes - 1 if rolled else 0):
             read = torch.zeros_like(valid)
             read[:, k:] = valid[:, :-k]
             valid = pairs.learned[:rolled] & read
-            wanted.append(valid.flatten().nonzero()[:, 0])
+            masks.append(valid)
+            selects.append(self._computed(valid))
+        corrects = self._config.correction_rank is not None
         if corrects:
-            inputs["previous_embeddings"] = self._embed(before.index_select(0, index)[None])[0]
-        first, *others = model(
-            **inputs, select=index, rollout_embeddings=true_embeddings[:rolled], rollout_selects=wanted[1:]
-        )
-        asked = kept.flatten().index_select(0, index)
-        corrected = others.pop()[asked] if corrects else None
-        return [first[asked], *others], wanted, corrected
+            before = pairs.before.flatten().index_select(0, selects[0])
+            inputs["previous_embeddings"] = self._embed(before[None])[0]
+        if rolled:
+            inputs |= {"rollout_embeddings": true_embeddings[:rolled], "rollout_selects": selects[1:]}
+        outputs = model(**inputs, select=selects[0])
+        outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+        asked = [mask.flatten().index_select(0, select) for mask, select in zip(masks, selects, strict=True)]
+        corrected = outputs.pop()[asked[0]] if corrects else None
+        estimates = [output[own] for output, own in zip(outputs, asked, strict=True)]
+        return estimates, [select[own] for select, own in zip(selects, asked, strict=True)], corrected
 
     def _losses(
         self,
@@ -421,7 +426,7 @@ class FalconTrainer(Trainer):
 
     def _plan(self) -> EvaluationPlan:
         drafter: Any = self.accelerator.unwrap_model(self.model)
-        shape, k = simulated_shape(drafter_tree(drafter), self._block_size), self._block_size
+        shape, k = simulated_shape(config_tree(drafter.config), self._block_size), self._block_size
         passes = -(-shape.depth // k)
         if self._config.fusion == "lstm":
             passes = 1  # a rollout would have to carry states; the tree is cut at depth k

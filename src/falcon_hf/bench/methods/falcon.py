@@ -59,7 +59,7 @@ class Falcon(Method):
         self._configure(fields)
         self.draws_as_plain = self.drafter.config.verifier == "follow"
         try:
-            self.tree = drafter_tree(self.drafter, context.batch_size)
+            self.tree = drafter_tree(self.drafter, self.target, context.batch_size)
         except ValueError as error:
             raise BenchError(f"{label}: {first_line(error)}") from error
         self.room = self.tree.size
