@@ -19,6 +19,7 @@ PAGES = {
     "measuring.md": "Measuring",
     "results.md": "Results",
     "comparison.md": "Methods and trees compared",
+    "avx2.md": "On cores with AVX2 alone",
     "open-questions.md": "Open questions",
     "conformance.md": "What works where",
     "faq.md": "Questions",

@@ -37,6 +37,16 @@ COMPARED = (
     "random-weights-float32-greedy",
 )
 
+# Those of docs/avx2.md: the drafter before the shipped one, on another machine.
+EARLIER = (
+    "earlier-mt-bench-float32-greedy",
+    "earlier-gsm8k-float32-greedy",
+    "earlier-humaneval-float32-greedy",
+    "earlier-mt-bench-bfloat16-greedy",
+    "earlier-mt-bench-float32-batch4",
+    "earlier-mt-bench-float32-batch8",
+)
+
 
 def results() -> list[Path]:
     return [CARD / "benchmarks" / f"{name}.json" for name in RESULTS]
@@ -46,10 +56,14 @@ def compared() -> list[Path]:
     return [MEASUREMENTS / f"{name}.json" for name in COMPARED]
 
 
+def earlier() -> list[Path]:
+    return [MEASUREMENTS / f"{name}.json" for name in EARLIER]
+
+
 def test_no_stored_result_is_left_out():
     assert set(results()) == set((CARD / "benchmarks").iterdir())
     checks = {path for path in MEASUREMENTS.iterdir() if is_check(path)}
-    assert set(compared()) == set(MEASUREMENTS.iterdir()) - checks
+    assert set(compared() + earlier()) == set(MEASUREMENTS.iterdir()) - checks
     pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md"))
     for path in checks:
         assert f"<!-- from: falcon-hf report {path.relative_to(ROOT)} -->" in pages
@@ -62,8 +76,9 @@ def test_no_stored_result_is_left_out():
         (ROOT / "docs" / "results.md", False, results()),
         (CARD / "README.md", False, results()),
         (ROOT / "docs" / "comparison.md", False, compared()),
+        (ROOT / "docs" / "avx2.md", False, earlier()),
     ],
-    ids=["README", "docs", "card", "comparison"],
+    ids=["README", "docs", "card", "comparison", "avx2"],
 )
 def test_tables_are_those_of_the_stored_results(path, brief, stored):
     text = path.read_text(encoding="utf-8")
@@ -72,14 +87,14 @@ def test_tables_are_those_of_the_stored_results(path, brief, stored):
 
 
 def test_summaries_are_those_of_the_runs():
-    for path in results() + compared():
+    for path in results() + compared() + earlier():
         result = read_result(path)
         found = json.loads(json.dumps(summarise(result["runs"], list(result["settings"]["methods"]))))
         assert found == result["summary"], path.name
 
 
 def test_results_are_complete_and_float32_is_identical():
-    for path in results() + compared():
+    for path in results() + compared() + earlier():
         result = read_result(path)
         assert result["complete"]
         if result["settings"]["target"]["dtype"] == "float32":
