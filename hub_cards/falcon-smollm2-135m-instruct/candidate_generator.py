@@ -22,6 +22,8 @@ from .draft_laws import DraftLaws
 from .drafter_context import DrafterContext
 from .dynamic_tree import DynamicTree, calibrated
 from .few_rows import FewRowProducts
+from .half_precision import has_dear_rows
+from .machine_trees import MachineTrees
 from .rejection import Proposals, SiblingDraws
 from .suffix_lookup import SuffixLookup
 from .tree import DraftTree
@@ -31,6 +33,7 @@ from .tree_shape import DraftLevel, DraftPass, TreeShape
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from .configuration_falcon_drafter import FalconDrafterConfig
     from .fusion import FusionState
     from .modeling_falcon_drafter import FalconDrafter
 
@@ -58,7 +61,7 @@ class FalconCandidateGenerator:
         self.drafter = drafter
         self.target = target
         self.block_size = drafter.config.block_size
-        self.shape = drafter_tree(drafter, rows) if shape is None else shape
+        self.shape = drafter_tree(drafter, target, rows) if shape is None else shape
         widest = self.shape.candidates
         drafted_over = drafter.config.draft_vocab_size or drafter.config.vocab_size
         if widest > drafted_over:
@@ -307,15 +310,24 @@ def drafter_lookup(drafter: FalconDrafter) -> SuffixLookup | None:
     return None if lookup is None else SuffixLookup.from_config(lookup)
 
 
-def drafter_tree(drafter: FalconDrafter, rows: int = 1) -> TreeShape | DynamicTree:
-    """The tree a drafter's config asks for: paths, a dynamic tree, or the paper's for its block size.
-
-    Each row of a batch gets it. One row's is the largest.
+def config_tree(config: FalconDrafterConfig) -> TreeShape | MachineTrees:
+    """The tree a config asks for: paths, dynamic trees for all machines and batches, or the paper's for its block size.
 
     Raises:
-        ValueError: if the config's tree is none (see [`TreeShape.from_paths`] and [`DynamicTree.from_config`]).
+        ValueError: if it is none (see [`TreeShape.from_paths`] and [`MachineTrees.from_config`]).
     """
-    tree = drafter.config.tree
-    if isinstance(tree, dict):
-        return DynamicTree.from_config(tree, drafter.config.block_size).for_rows(rows)
-    return TreeShape.paper(drafter.config.block_size) if tree is None else TreeShape.from_paths(tree)
+    if isinstance(config.tree, dict):
+        return MachineTrees.from_config(config.tree, config.block_size)
+    return TreeShape.paper(config.block_size) if config.tree is None else TreeShape.from_paths(config.tree)
+
+
+def drafter_tree(drafter: FalconDrafter, target: PreTrainedModel, rows: int = 1) -> TreeShape | DynamicTree:
+    """The tree that each row of a batch of ``rows`` gets with this target: of [`config_tree`], what is for it.
+
+    Raises:
+        ValueError: as [`config_tree`].
+    """
+    tree = config_tree(drafter.config)
+    if isinstance(tree, MachineTrees):
+        return tree.where(has_dear_rows(target.device, target.dtype)).for_rows(rows)
+    return tree

@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .dynamic_tree import DynamicTree
+from .machine_trees import MachineTrees
 from .suffix_lookup import SuffixLookup
 from .tree_shape import TreeShape
 
@@ -101,7 +101,8 @@ class FalconDrafterConfig(PreTrainedConfig):
             keeps (``FalconDrafter.draft_vocab_ids``). Never changes what is generated, only what is proposed.
         logit_scale, logit_softcap: the target's head scaling, logits = cap * tanh(scale * (h W^T) / cap).
         tree: paths of child ranks in Medusa/EAGLE notation; or a dynamic tree, ``{"kind": "dynamic", "nodes": 24}``
-            and other fields of [`DynamicTree`]; or None for the paper's tree of this block size.
+            and other fields of [`DynamicTree`], or one for each kind of machine (see [`MachineTrees`]); or None for the
+            paper's tree of this block size.
         lookup: None, or fields of [`SuffixLookup`] (``{}`` for its defaults): what followed earlier occurrences of the
             text's end becomes nodes too, where it beats the drafter's; needs a dynamic tree.
         verifier: ``"follow"``: the target's own draw walks the tree, so that a seed gives plain decoding's text.
@@ -249,7 +250,7 @@ class FalconDrafterConfig(PreTrainedConfig):
         if self.tree is not None:
             try:
                 if isinstance(self.tree, dict):
-                    DynamicTree.from_config(self.tree, self.block_size)
+                    MachineTrees.from_config(self.tree, self.block_size)
                 else:
                     TreeShape.from_paths(self.tree)
             except (TypeError, ValueError) as error:

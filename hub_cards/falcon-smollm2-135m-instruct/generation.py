@@ -153,7 +153,7 @@ def chain_shape(drafter: FalconDrafter, target: PreTrainedModel, rows: int) -> T
     support = family(target)
     if support is None or support.drafts != "chain":
         return None
-    tree = drafter_tree(drafter, rows)
+    tree = drafter_tree(drafter, target, rows)
     return chain(tree.depth if isinstance(tree, TreeShape) else min(tree.nodes, tree.depth(drafter.config.block_size)))
 
 
