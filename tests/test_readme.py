@@ -17,15 +17,16 @@ ROOT = Path(__file__).parents[1]
 CARD = ROOT / "hub_cards" / "falcon-smollm2-135m-instruct"
 # In the order of the tables; `falcon-hf report` with these files and --update FILE writes them; README's with --brief.
 RESULTS = (
+    "mt-bench-bfloat16-greedy",
+    "gsm8k-bfloat16-greedy",
+    "humaneval-bfloat16-greedy",
     "mt-bench-float32-greedy",
     "gsm8k-float32-greedy",
     "humaneval-float32-greedy",
     "out-of-domain-float32-greedy",
     "mt-bench-float32-sampled",
     "mt-bench-float32-penalties",
-    "mt-bench-bfloat16-greedy",
-    "mt-bench-float32-batch4",
-    "mt-bench-float32-batch8",
+    "mt-bench-bfloat16-batch4",
 )
 # Those of docs/comparison.md, which are not of the shipped drafter alone.
 MEASUREMENTS = ROOT / "docs" / "measurements"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from falcon_hf.runtime import few_rows
 from falcon_hf.runtime.few_rows import FewRowProducts, few_row_linear
@@ -64,6 +65,30 @@ def test_leading_dimensions_stay(calls):
     x, weight = drawn(2, 3, 8), drawn(5, 8, seed=1)
     assert torch.allclose(few_row_linear(x, weight), F.linear(x, weight), atol=1e-5)
     assert calls == [6]
+
+
+class Operations(TorchDispatchMode):
+    """Notes the names of operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket._qualified_op_name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_weight_is_not_copied_for_each_row_of_a_batch(dtype):
+    """A batch's last columns lie apart; torch's linear would then multiply row by row, by a weight for each row."""
+    x, weight = torch.randn(4, 3, 16).to(dtype)[:, -2:], torch.randn(24, 16).to(dtype)
+    with Operations() as of_torch:
+        expected = F.linear(x[:, None], weight)
+    assert "aten::bmm" in of_torch.names, "the control"
+    with Operations() as ours:
+        torch.testing.assert_close(few_row_linear(x[:, None], weight), expected)
+    assert "aten::bmm" not in ours.names
 
 
 def test_widened_products_are_rounded_once(no_half_kernels):

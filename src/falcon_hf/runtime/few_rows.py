@@ -106,6 +106,7 @@ def few_row_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
     Returns:
         ``[..., O]``.
     """
+    x = x.contiguous()  # or matmul would copy the weight for each of x's leading rows, rather than x
     rows = x.numel() // x.shape[-1]
     if not 0 < rows <= MOST_ROWS or weight.device.type != "cpu" or x.dtype != weight.dtype:
         return F.linear(x, weight, bias)
