@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -36,7 +37,7 @@ def largest_drafted(target: Any, drafter: Any, rows: int) -> int:
 def test_each_machine_gets_its_tree(fast, dtype, tiny_target, tiny_drafter, monkeypatch):
     """A CPU with kernels for bfloat16 has cheap rows if the target is in it; all else on a CPU is dear."""
     monkeypatch.setattr(half_precision, "multiplies_fast", lambda device, dtype: fast or dtype == torch.float32)
-    target = tiny_target(VOCAB).to(dtype)
+    target = copy.deepcopy(tiny_target(VOCAB)).to(dtype)
     drafter = tiny_drafter(target, 2, tree=BOTH).to(dtype)
     cheap = fast and dtype == torch.bfloat16
     for rows, nodes in enumerate((16, 9) if cheap else (3, 2), start=1):

@@ -79,9 +79,7 @@ def test_the_curve_is_the_same(tiny_target, tiny_drafter, tiny_text, tmp_path, e
     assert curve(rounded) == pytest.approx(curve(plain), rel=1e-4)
 
 
-def test_a_loss_on_what_fills_would_be_seen(
-    tiny_target, tiny_drafter, tiny_text, tmp_path, everywhere, monkeypatch
-):
+def test_a_loss_on_what_fills_would_be_seen(tiny_target, tiny_drafter, tiny_text, tmp_path, everywhere, monkeypatch):
     """The control: another curve if what fills is learned from."""
     target = tiny_target(VOCAB)
     plain = train(fresh(tiny_drafter, target), target, tiny_text, tmp_path / "plain", noise=0.0)
