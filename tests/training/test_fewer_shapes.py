@@ -19,7 +19,7 @@ def everywhere(monkeypatch):
 
     def turn_on() -> None:
         for module in (trainer, losses):
-            monkeypatch.setattr(module, "makes_code_by_shape", lambda device, half_precision: True)
+            monkeypatch.setattr(module, "makes_code_by_shape", lambda device, dtype: True)
         monkeypatch.setattr(fewer_shapes, "COLUMNS", 16)
         monkeypatch.setattr(fewer_shapes, "POSITIONS", 32)
 
@@ -27,9 +27,9 @@ def everywhere(monkeypatch):
 
 
 def test_only_a_cpu_in_half_precision_makes_code_by_shape():
-    assert makes_code_by_shape(torch.device("cpu"), True)
-    assert not makes_code_by_shape(torch.device("cpu"), False)
-    assert not makes_code_by_shape(torch.device("cuda"), True)
+    assert makes_code_by_shape(torch.device("cpu"), torch.bfloat16)
+    assert not makes_code_by_shape(torch.device("cpu"), torch.float32)
+    assert not makes_code_by_shape(torch.device("cuda"), torch.bfloat16)
 
 
 def test_a_batch_gets_padding_and_keeps_its_lengths():

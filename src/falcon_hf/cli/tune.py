@@ -16,7 +16,7 @@ from ..bench.question_sets import NAMES
 from ..bench.result_file import first_setting_that_differs
 from ..drafter_loading import DrafterError, drafter_folder
 from ..runtime.half_precision import has_dear_rows
-from ..runtime.machine_trees import KINDS
+from ..runtime.machine_trees import is_by_machine
 from ..tuning.calibrate import CalibrationPlan, NamedDrafter, calibrate
 from ..tuning.calibration import Calibration
 from ..tuning.choice import Prediction, choose, fitting
@@ -306,7 +306,7 @@ def _receiver(folder: Path, sources: list[str], beside: bool) -> str:
 def _words(tree: Any, folder: Path | None) -> str:
     """What was applied, and for which machines."""
     kind = "dynamic with look-up" if isinstance(tree, dict) else "static"
-    where = ", on machines of this kind" if isinstance(tree, dict) and KINDS[0] in tree else ""
+    where = ", on machines of this kind" if is_by_machine(tree) else ""
     return f"The best tree, {kind}, is now the tree of {folder}{where}."
 
 

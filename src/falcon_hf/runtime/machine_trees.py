@@ -13,6 +13,11 @@ KINDS = ("cheap_rows", "dear_rows")
 MACHINE_FIELDS = frozenset({"nodes", "passes", "width", "candidates", "pass_cost", "batch_nodes"})
 
 
+def is_by_machine(tree: Any) -> bool:
+    """Whether a config's ``tree`` is an entry with trees by kind of machine, and not one tree for all."""
+    return isinstance(tree, Mapping) and not set(KINDS).isdisjoint(tree)
+
+
 @dataclass(frozen=True)
 class MachineTrees:
     """The dynamic trees of a drafter.
@@ -36,7 +41,7 @@ class MachineTrees:
             ValueError: if a kind is missing, a field stands where it would be ignored, or as
                 [`DynamicTree.from_config`].
         """
-        if not set(KINDS) & set(entry):
+        if not is_by_machine(entry):
             tree = DynamicTree.from_config(entry, block_size)
             return cls(tree, tree)
         if not all(isinstance(entry.get(kind), Mapping) for kind in KINDS):

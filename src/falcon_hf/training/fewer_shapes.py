@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from ..runtime.half_precision import HALF_PRECISION
+
 COLUMNS = 32
 POSITIONS = 128
 ROWS = 64
 
 
-def makes_code_by_shape(device: torch.device, half_precision: bool) -> bool:
+def makes_code_by_shape(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether products there are worth fewer shapes; in float32 a CPU has kernels for all shapes, as a GPU has."""
-    return device.type == "cpu" and half_precision
+    return device.type == "cpu" and dtype in HALF_PRECISION
 
 
 def widened(batch: dict[str, Any]) -> dict[str, Any]:

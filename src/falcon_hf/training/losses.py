@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
 
-from ..runtime.half_precision import HALF_PRECISION
 from .fewer_shapes import makes_code_by_shape, padded_rows
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ class DraftHead:
         return self._product(shares.to(self.weight.dtype), self.weight)
 
     def _product(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        if not makes_code_by_shape(weight.device, weight.dtype in HALF_PRECISION):
+        if not makes_code_by_shape(weight.device, weight.dtype):
             return torch.mm(rows, weight)
         return torch.mm(padded_rows(rows), weight)[: rows.shape[0]]
 

@@ -98,7 +98,7 @@ class FalconTrainer(Trainer):
         self._dtype: torch.dtype = (
             (torch.bfloat16 if args.bf16 else torch.float16) if reduced else next(drafter.parameters()).dtype
         )
-        self._fewer_shapes = makes_code_by_shape(device, reduced)
+        self._fewer_shapes = makes_code_by_shape(device, self._dtype)
         head = drafter.draft_head(head_weight(target)).to(device, self._dtype).contiguous()
         self._head = DraftHead(head, drafter.config.logit_scale, drafter.config.logit_softcap)
         places = torch.arange(drafter.config.vocab_size)
@@ -128,6 +128,8 @@ class FalconTrainer(Trainer):
             return input_embeddings(self._target, tokens).to(self.args.device, self._dtype)
 
     def _pairs(self, inputs: dict[str, torch.Tensor]) -> PairBatch:
+        if self._fewer_shapes:
+            inputs = widened(inputs)
         if "features" not in inputs:
             if not self._target_is_placed:  # its embeddings are there, so that target.device does not tell
                 target: Any = self._target
@@ -136,8 +138,6 @@ class FalconTrainer(Trainer):
             mask = torch.arange(inputs["input_ids"].shape[1], device=self.args.device) < inputs["lengths"][:, None]
             features = compute_features(self._target, inputs["input_ids"], mask.long(), self._config.feature_layers)
             inputs = {**inputs, "features": features}
-        if self._fewer_shapes:
-            inputs = widened(inputs)
         return make_pairs(inputs, self._block_size, self._config.hidden_size)
 
     def _computed(self, wanted: torch.Tensor) -> torch.Tensor:
@@ -300,10 +300,14 @@ class FalconTrainer(Trainer):
             inputs |= {"rollout_embeddings": true_embeddings[:rolled], "rollout_selects": selects[1:]}
         outputs = model(**inputs, select=selects[0])
         outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
-        asked = [mask.flatten().index_select(0, select) for mask, select in zip(masks, selects, strict=True)]
-        corrected = outputs.pop()[asked[0]] if corrects else None
-        estimates = [output[own] for output, own in zip(outputs, asked, strict=True)]
-        return estimates, [select[own] for select, own in zip(selects, asked, strict=True)], corrected
+        # Where among the computed columns those with a loss are, as indices: a mask would be searched at each use.
+        asked = [
+            mask.flatten().index_select(0, select).nonzero()[:, 0] for mask, select in zip(masks, selects, strict=True)
+        ]
+        corrected = outputs.pop().index_select(0, asked[0]) if corrects else None
+        estimates = [output.index_select(0, own) for output, own in zip(outputs, asked, strict=True)]
+        wanted = [select.index_select(0, own) for select, own in zip(selects, asked, strict=True)]
+        return estimates, wanted, corrected
 
     def _losses(
         self,

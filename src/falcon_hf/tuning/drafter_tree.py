@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..runtime.machine_trees import KINDS, MACHINE_FIELDS
+from ..runtime.machine_trees import KINDS, MACHINE_FIELDS, is_by_machine
 from ..runtime.tree_shape import TreeShape
 from .calibration import write_json
 from .errors import TuningError
@@ -46,7 +46,7 @@ def write_drafter_tree(
         tree = [list(path) for path in tree.paths]
     earlier = config.get("tree")
     if isinstance(tree, dict) and isinstance(earlier, dict) and dear is not None:
-        tree = _beside(tree, earlier, dear) if beside or set(KINDS) & set(earlier) else tree
+        tree = _beside(tree, earlier, dear) if beside or is_by_machine(earlier) else tree
     config["tree"] = tree
     own = config.get("lookup")
     if not isinstance(tree, dict):
@@ -77,7 +77,7 @@ def drafter_config(folder: Path) -> dict[str, Any]:
 
 def _beside(found: dict[str, Any], earlier: dict[str, Any], dear: bool) -> dict[str, Any]:
     """The entry of a dynamic tree found on one kind of machine, with what ``earlier`` has for the other."""
-    if set(KINDS) & set(found):
+    if is_by_machine(found):
         return found
     here, elsewhere = reversed(KINDS) if dear else KINDS
     shared = {name: value for name, value in found.items() if name not in MACHINE_FIELDS}
