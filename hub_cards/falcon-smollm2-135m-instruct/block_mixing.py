@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from .few_rows import few_row_linear
+
 
 class BlockMixing(nn.Module):
     """k matrices ``[H, 2H]``, one a block position.
@@ -48,7 +50,8 @@ class BlockMixing(nn.Module):
         if place is None and columns % block_size == 0:
             blocks = fused.view(rows, -1, block_size, size)
             pairs = torch.cat((blocks, blocks[:, :, -1:].expand_as(blocks)), dim=-1)
-            return torch.einsum("bwki,koi->bwko", pairs, weight).reshape(rows, columns, size)
+            mixed = [few_row_linear(pairs[:, :, position], weight[position]) for position in range(block_size)]
+            return torch.stack(mixed, dim=2).view(rows, columns, size)
         if place is None:
             place = ((torch.arange(columns, device=fused.device) - columns) % block_size).expand(rows, -1)
         newest = (torch.arange(columns, device=fused.device) + block_size - 1 - place).clamp_max(columns - 1)

@@ -332,7 +332,8 @@ class FalconDrafter(PreTrainedModel):
 
     def scale_logits(self, products: torch.Tensor) -> torch.Tensor:
         """Products with the head's rows -> logits, scaled and capped as the target's."""
-        logits = products * self.config.logit_scale
+        scale = self.config.logit_scale
+        logits = products if scale == 1 else products * scale  # a copy of all of them
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -28,9 +28,9 @@ def no_kernel(monkeypatch):
 @pytest.fixture
 def no_half_kernels(monkeypatch):
     monkeypatch.setattr(few_rows, "multiplies_fast", lambda device, dtype: dtype == torch.float32)
-    few_rows.is_native_faster.cache_clear()
+    few_rows._has_instructions.cache_clear()
     yield
-    few_rows.is_native_faster.cache_clear()
+    few_rows._has_instructions.cache_clear()
 
 
 @pytest.fixture

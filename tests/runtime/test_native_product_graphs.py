@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from falcon_hf.runtime import native_product_graphs
+from falcon_hf.runtime import few_rows, native_product_graphs
 from falcon_hf.runtime.native_product_graphs import make_products_native, operation
 
 from .graphs import as_compilers_see_it
@@ -39,7 +39,7 @@ def weights(rows: int, size: int, dtype: torch.dtype) -> list[torch.Tensor]:
 @pytest.fixture(autouse=True)
 def no_instructions(monkeypatch):
     """As on a CPU without instructions for bfloat16."""
-    monkeypatch.setattr(native_product_graphs, "native_dtypes", lambda: (torch.float32, torch.bfloat16))
+    monkeypatch.setattr(few_rows, "_has_instructions", lambda dtype: False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -77,9 +77,11 @@ def test_a_weight_that_comes_later_is_multiplied_alone():
     assert torch.allclose(graph(*inputs), late(*inputs), atol=1e-4)
 
 
-def test_half_precision_is_left_to_a_cpu_that_has_instructions_for_it(monkeypatch):
-    monkeypatch.setattr(native_product_graphs, "native_dtypes", lambda: (torch.float32,))
-    assert traced(*weights(4, 32, torch.bfloat16))[1] == 0
+def test_half_precision_is_left_to_a_cpu_that_has_instructions_for_it_unless_there_are_tiles(monkeypatch):
+    monkeypatch.setattr(few_rows, "_has_instructions", lambda dtype: dtype == torch.bfloat16)
+    for tiles in (False, True):
+        monkeypatch.setattr(few_rows, "takes_tiles", lambda weight, tiles=tiles: tiles and weight.shape[0] == 48)
+        assert traced(*weights(4, 32, torch.bfloat16))[1] == 2 * tiles
     assert traced(*weights(4, 32, torch.float32))[1] == 2
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from falcon_hf.runtime import few_rows, native_kernel, native_products
 from falcon_hf.runtime.few_rows import FewRowProducts, few_row_linear
-from falcon_hf.runtime.native_products import has_native_products, native_product, takes_natively
+from falcon_hf.runtime.native_products import has_native_products, native_product, takes_natively, takes_tiles
 
 from .helpers import drawn
 
@@ -44,7 +44,7 @@ def allowed(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", range(1, 33))
 def test_products_are_those_of_linear(rows, dtype):
-    for outputs, size in ((1, 16), (2, 32), (25, 48), (71, 576)):
+    for outputs, size in ((1, 16), (2, 32), (25, 48), (16, 32), (71, 576)):  # the last two fit tiles
         x, weight = drawn(rows, size).to(dtype), drawn(outputs, size, seed=1).to(dtype)
         assert takes_natively(x, weight)
         y = native_product(x, weight)
@@ -56,18 +56,20 @@ def test_products_are_those_of_linear(rows, dtype):
 
 
 def test_half_precision_is_rounded_once():
-    x, weight = drawn(7, 48).bfloat16(), drawn(40, 48, seed=1).bfloat16()
-    nearest = F.linear(x.double(), weight.double()).bfloat16()
-    assert (native_product(x, weight) == nearest).float().mean() > 0.98  # the others lie between two numbers
-    twice = sum(native_product(x[:, part], weight[:, part].contiguous()) for part in (slice(16), slice(16, 48)))
-    assert (twice == nearest).float().mean() < 0.9  # the control
+    for size in (48, 64):
+        x, weight = drawn(7, size).bfloat16(), drawn(40, size, seed=1).bfloat16()
+        nearest = F.linear(x.double(), weight.double()).bfloat16()
+        assert (native_product(x, weight) == nearest).float().mean() > 0.98  # the others lie between two numbers
+        twice = sum(native_product(x[:, part], weight[:, part].contiguous()) for part in (slice(32), slice(32, size)))
+        assert (twice == nearest).float().mean() < 0.9  # the control
 
 
 def test_several_weights_are_multiplied_as_each_alone():
-    x = drawn(5, 32)
-    weights = [drawn(outputs, 32, seed=outputs) for outputs in (1, 24, 25, 100)]
-    together = native_products.native_products(x, weights)
-    assert all(torch.equal(own, native_product(x, weight)) for own, weight in zip(together, weights, strict=True))
+    for dtype, sizes in ((torch.float32, (1, 24, 25, 100)), (torch.bfloat16, (16, 31, 100, 32))):
+        x = drawn(5, 32).to(dtype)
+        weights = [drawn(outputs, 32, seed=outputs).to(dtype) for outputs in sizes]
+        together = native_products.native_products(x, weights)
+        assert all(torch.equal(own, native_product(x, weight)) for own, weight in zip(together, weights, strict=True))
 
 
 def test_rows_that_are_no_numbers_stay_so_and_touch_no_other():
@@ -81,8 +83,9 @@ def test_rows_that_are_no_numbers_stay_so_and_touch_no_other():
         assert torch.equal(y[[0, 1, 3, 5]], clean[[0, 1, 3, 5]])
 
 
-def test_the_number_of_threads_changes_nothing():
-    x, weight, threads = drawn(7, 64), drawn(500, 64, seed=1), torch.get_num_threads()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_number_of_threads_changes_nothing(dtype):
+    x, weight, threads = drawn(7, 64).to(dtype), drawn(500, 64, seed=1).to(dtype), torch.get_num_threads()
     try:
         by_threads = []
         for number in (1, 2, 3):
@@ -91,6 +94,41 @@ def test_the_number_of_threads_changes_nothing():
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(own, by_threads[0]) for own in by_threads)
+
+
+def test_tiles_are_for_bfloat16_of_their_shapes_alone(monkeypatch):
+    monkeypatch.setattr(native_products, "has_native_tiles", lambda: True)
+    assert takes_tiles(drawn(16, 32).bfloat16())
+    assert not takes_tiles(drawn(16, 32))
+    assert not takes_tiles(drawn(15, 32).bfloat16())
+    assert not takes_tiles(drawn(16, 48).bfloat16())
+    monkeypatch.setattr(native_products, "has_native_tiles", lambda: False)
+    assert not takes_tiles(drawn(16, 32).bfloat16())
+
+
+@pytest.mark.parametrize(("fast", "tiles", "taken"), [(True, True, 1), (True, False, 0), (False, False, 1)])
+def test_half_precision_is_torchs_where_it_has_instructions_and_the_kernel_no_tiles(monkeypatch, fast, tiles, taken):
+    monkeypatch.setattr(few_rows, "_has_instructions", lambda dtype: fast and dtype == torch.bfloat16)
+    monkeypatch.setattr(few_rows, "takes_tiles", lambda weight: tiles and weight.dtype == torch.bfloat16)
+    monkeypatch.setattr(few_rows, "has_native_tiles", lambda: tiles)
+    calls = []
+    monkeypatch.setattr(few_rows, "native_product", lambda x, weight: calls.append(1) or F.linear(x, weight))
+    few_row_linear(drawn(4, 32).bfloat16(), drawn(40, 32).bfloat16())
+    assert len(calls) == taken
+    assert (torch.bfloat16 in few_rows.native_dtypes()) is bool(taken)
+    few_row_linear(drawn(4, 32), drawn(40, 32))
+    assert len(calls) == taken + 1
+    assert torch.float32 in few_rows.native_dtypes()
+
+
+def test_torchs_own_products_stay_right_between_the_kernels():
+    """Torch's may be made in tiles too, which it sets once and finds changed, unless the kernel sets them back."""
+    x, weight = drawn(200, 96).bfloat16(), drawn(70, 96, seed=1).bfloat16()
+    alone = F.linear(x, weight)
+    for rows in (1, 5, 17):
+        ours = native_product(x[:rows], weight)
+        assert torch.equal(F.linear(x, weight), alone)
+        assert torch.equal(native_product(x[:rows], weight), ours)
 
 
 def test_what_it_does_not_take_is_left_to_torch():
@@ -189,6 +227,14 @@ def test_without_it_products_are_torchs(unmade, monkeypatch, caplog, how):
     assert not unmade.exists() or not list(unmade.iterdir())  # nothing wrong is kept
     x, weight = drawn(4, 32), drawn(40, 32, seed=1)
     assert torch.allclose(few_row_linear(x, weight), F.linear(x, weight), atol=1e-4)
+
+
+@pytest.mark.skipif(not native_products.has_native_tiles(), reason="needs a CPU with AMX")
+def test_tiles_that_multiply_wrong_are_not_used(unmade, monkeypatch, caplog):
+    monkeypatch.setattr(native_kernel, "SOURCE", native_kernel.SOURCE.replace("ps(0, 6, 4)", "ps(0, 4, 6)"))
+    with caplog.at_level(logging.WARNING):
+        assert not has_native_products()
+    assert "multiplies wrong in torch.bfloat16" in caplog.text
 
 
 def test_generation_drafts_and_verifies_with_it_but_prefills_as_generate_does(monkeypatch, tiny_target, tiny_drafter):

@@ -16,7 +16,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from ..runtime.native_kernel import SOURCE_HASH
-from ..runtime.native_products import has_native_products
+from ..runtime.native_products import has_native_products, has_native_tiles
 from ..runtime.target import fingerprint
 from ..version import __version__
 
@@ -32,9 +32,11 @@ def versions() -> dict[str, str]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """CPU, cores, threads torch uses, which kernel for few rows, and the accelerator if the target is on one."""
+    """CPU, cores, threads torch uses, which kernel for few rows with tiles or without, and the target's accelerator."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    kernel = {"few_rows": SOURCE_HASH if has_native_products() else None} if device.type == "cpu" else {}
+    kernel: dict[str, Any] = {}
+    if device.type == "cpu":
+        kernel = {"few_rows": SOURCE_HASH if has_native_products() else None, "tiles": has_native_tiles()}
     return {
         "cpu": cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from .fused_norms import fused_norm
 from .half_precision import multiplies_fast
 from .native_kernel import DTYPES
-from .native_products import native_product, takes_natively
+from .native_products import has_native_tiles, native_product, takes_natively, takes_tiles
 
 MOST_ROWS = 32
 _LEAST_WIDENED_ROWS = 5  # widening a weight costs as much as multiplying four rows with it
@@ -112,7 +112,7 @@ def few_row_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
         return F.linear(x, weight, bias)
     if torch.is_autocast_enabled("cpu"):  # which chooses the dtype of each product
         return F.linear(x, weight, bias)
-    if is_native_faster(weight.dtype) and takes_natively(x, weight):
+    if takes_natively(x, weight) and is_native_faster(weight):
         product = native_product
     elif rows == 1:
         return F.linear(x, weight, bias)
@@ -126,15 +126,20 @@ def few_row_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
     return y if bias is None else y + bias
 
 
-@functools.cache  # asked for each product; what a CPU has does not change
-def is_native_faster(dtype: torch.dtype) -> bool:
-    """Whether a CPU's few-row products in ``dtype`` should be those of ``native_products.py``, where they can be."""
-    return dtype == torch.float32 or not multiplies_fast(_CPU, dtype)
+def is_native_faster(weight: torch.Tensor) -> bool:
+    """Whether few rows should be multiplied with a CPU's ``weight`` by ``native_products.py``, where they can be."""
+    return not _has_instructions(weight.dtype) or takes_tiles(weight)
 
 
 def native_dtypes() -> tuple[torch.dtype, ...]:
-    """Those that the kernel multiplies and [`is_native_faster`] for."""
-    return tuple(filter(is_native_faster, DTYPES))
+    """Those that the kernel multiplies, and [`is_native_faster`] for weights of common shapes."""
+    return tuple(dtype for dtype in DTYPES if not _has_instructions(dtype) or has_native_tiles())
+
+
+@functools.cache  # asked for each product; what a CPU has does not change
+def _has_instructions(dtype: torch.dtype) -> bool:
+    """Whether ``dtype`` is a half precision that this CPU multiplies fast: faster by torch than by vectors of AVX2."""
+    return dtype != torch.float32 and multiplies_fast(_CPU, dtype)
 
 
 def _turned(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

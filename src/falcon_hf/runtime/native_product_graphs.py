@@ -18,8 +18,8 @@ from torch import fx
 from torch.nn import functional as F
 
 from .few_row_graphs import call, few_row_products
-from .few_rows import MOST_ROWS, native_dtypes
-from .native_kernel import MULTIPLE, SOURCE_HASH
+from .few_rows import MOST_ROWS, is_native_faster
+from .native_kernel import DTYPES, MULTIPLE, SOURCE_HASH
 from .native_products import native_products
 
 _NAMESPACE = "falcon_hf"
@@ -55,9 +55,10 @@ def _by_rows(graph: fx.Graph) -> list[list[tuple[fx.Node, Any, Any, list[Any]]]]
     A weight that the graph computes may come too late for the first of them, or of it: it is multiplied alone.
     """
     groups: dict[Any, list[tuple[fx.Node, Any, Any, list[Any]]]] = {}
-    for product in few_row_products(graph, native_dtypes()):
+    for product in few_row_products(graph, tuple(DTYPES)):
         node, x, weight, _ = product
-        if weight.meta["val"].shape[1] % MULTIPLE or weight.meta["val"].dtype != x.meta["val"].dtype:
+        value = weight.meta["val"]
+        if value.shape[1] % MULTIPLE or value.dtype != x.meta["val"].dtype or not is_native_faster(value):
             continue
         given = weight.op in ("placeholder", "get_attr")
         groups.setdefault(_origin(x) if given else node, []).append(product)

@@ -22,7 +22,7 @@ class PlainNative(Plain):
         if target.device.type != "cpu" or target.dtype not in native_dtypes() or not has_native_products():
             raise BenchError(
                 f"{label}: there is no kernel for {target.dtype} on this {target.device.type}; it needs a CPU with "
-                "AVX2 and a C++ compiler, and bfloat16 is left to a CPU that has instructions for it."
+                "AVX2 and a C++ compiler, and bfloat16 is left to a CPU that has instructions for it but no AMX."
             )
         self._products = FewRowProducts(self.target)
 
