@@ -250,7 +250,7 @@ def test_a_drafter_gets_its_own_best_tree(run: Run, repos: Path, home: Path, tmp
         ({"prompts": "none.jsonl"}, ("none.jsonl", "cannot be read")),
         ({"num_prompts": 9}, ("3 questions", "1 to 3")),
         ({"contexts": "64,x"}, ("--contexts", "64,x")),
-        ({"apply": "nowhere"}, ("--apply nowhere",)),
+        ({"apply": "nowhere"}, ("nowhere", "no drafter's folder")),
         ({"contexts": "4000", "output": "new.json"}, ("512 positions",)),
     ],
 )

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from falcon_hf.runtime.tree_masks import TreeMasks
+
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
     """Normal numbers of their own generator."""
@@ -99,3 +101,13 @@ def with_correction(drafter: Any, seed: int = 5) -> Any:
     with torch.no_grad():
         drafter.correction.up.normal_(std=0.7, generator=generator)
     return drafter
+
+
+def break_masks(monkeypatch: Any) -> None:
+    """For controls: every node of a tree sees all nodes before it, its own path or not."""
+    right = TreeMasks.of
+
+    def wrong(self: TreeMasks, slots: Any, ancestors: torch.Tensor, positions: torch.Tensor) -> Any:
+        return right(self, slots, torch.ones_like(ancestors).tril(), positions)
+
+    monkeypatch.setattr(TreeMasks, "of", wrong)

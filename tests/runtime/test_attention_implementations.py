@@ -12,10 +12,9 @@ from transformers import AttentionInterface, StoppingCriteriaList
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from falcon_hf.runtime import target_attention
-from falcon_hf.runtime.target_session import TargetSession
 
 from .families import tiny_family
-from .helpers import assert_same_text, bushy_tree, cache_error, prompt_ids, returned_cache
+from .helpers import assert_same_text, break_masks, bushy_tree, cache_error, prompt_ids, returned_cache
 from .test_batch import VOCAB, batch
 from .test_families import FAMILIES, class_of
 
@@ -182,10 +181,7 @@ class TestFlex:
 
     def test_comparison_sees_a_causal_mask(self, tiny_drafter, monkeypatch):
         target = tiny_family("llama", "flex_attention")
-        plain = TargetSession.masks
-        monkeypatch.setattr(
-            TargetSession, "masks", lambda self, tree, at: plain(self, torch.ones_like(tree).tril(), at)
-        )
+        break_masks(monkeypatch)
         falcon = target.generate(
             prompt_ids(VOCAB, 9),
             assistant_model=tiny_drafter(target, tree=TREE),

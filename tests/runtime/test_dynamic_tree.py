@@ -16,9 +16,8 @@ from falcon_hf.runtime.configuration_falcon_drafter import FUSIONS
 from falcon_hf.runtime.drafter_context import DrafterContext
 from falcon_hf.runtime.dynamic_tree import Calibration, DynamicTree, calibrated
 from falcon_hf.runtime.target import head_weight, input_embeddings
-from falcon_hf.runtime.target_session import TargetSession
 
-from .helpers import assert_same_text, prompt_ids, with_correction
+from .helpers import assert_same_text, break_masks, prompt_ids, with_correction
 from .test_batch import ENDING, GREEDY, batch, both
 from .test_candidate_generator import VOCAB, another_blocks_states, committed, path_features
 
@@ -222,10 +221,7 @@ def test_a_wrong_mask_changes_the_text(tiny_target, tiny_drafter, monkeypatch):
     """The control: nodes that see every node before them, not their own path alone."""
     target = tiny_target(VOCAB)
     drafter = tiny_drafter(target, 2, tree=SPEC | {"candidates": 16})
-    plain = TargetSession.masks
-    monkeypatch.setattr(
-        TargetSession, "masks", lambda self, seen, *rest: plain(self, torch.ones_like(seen).tril(), *rest)
-    )
+    break_masks(monkeypatch)
     with pytest.raises(AssertionError):
         assert_same_text(target, drafter, prompt_ids(VOCAB, 6), max_new_tokens=40, do_sample=False)
 

@@ -9,10 +9,11 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
 from falcon_hf.runtime.target import TREE_FAMILIES
-from falcon_hf.runtime.target_session import TargetSession, layer_kinds
+from falcon_hf.runtime.target_session import TargetSession
+from falcon_hf.runtime.tree_masks import TreeMasks, layer_kinds
 
 from .families import FAMILIES, VOCAB, WINDOW, tiny_family
-from .helpers import assert_same_text, cache_error, prompt_ids, returned_cache
+from .helpers import assert_same_text, break_masks, cache_error, prompt_ids, returned_cache
 
 # A branch longer than the windows of 8, others off it at several depths, and more children at the root.
 TREE = [[0] * depth for depth in range(1, 11)]
@@ -89,12 +90,7 @@ def test_family(tiny_drafter, monkeypatch, family, attention):
 def test_comparison_sees_a_causal_mask(tiny_drafter, monkeypatch, family):
     """Every node sees all nodes before it, its own path or not."""
     target = tiny_family(family)
-    plain = TargetSession.masks
-    monkeypatch.setattr(
-        TargetSession,
-        "masks",
-        lambda self, ancestors, positions: plain(self, torch.ones_like(ancestors).tril(), positions),
-    )
+    break_masks(monkeypatch)
     rounds = Rounds(monkeypatch)
     drafter = tiny_drafter(target, 2, tree=TREE)
     out = target.generate(prompt_ids(VOCAB, 5), max_new_tokens=24, do_sample=False, assistant_model=drafter)
@@ -104,7 +100,7 @@ def test_comparison_sees_a_causal_mask(tiny_drafter, monkeypatch, family):
 @pytest.mark.parametrize("family", WINDOWED)
 def test_comparison_sees_a_forgotten_window(tiny_drafter, monkeypatch, family):
     target = tiny_family(family)
-    monkeypatch.setattr(TargetSession, "_in_reach", lambda self, kind, keys, queries: torch.ones_like(keys == queries))
+    monkeypatch.setattr(TreeMasks, "_in_reach", lambda self, kind, keys, queries: torch.ones_like(keys == queries))
     rounds = Rounds(monkeypatch)
     drafter = tiny_drafter(target, 2, tree=TREE)
     out = target.generate(prompt_ids(VOCAB, 5), max_new_tokens=24, do_sample=False, assistant_model=drafter)

@@ -42,7 +42,7 @@ def allowed(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", range(1, 33))
+@pytest.mark.parametrize("rows", [*range(1, 34), 40, 64])
 def test_products_are_those_of_linear(rows, dtype):
     for outputs, size in ((1, 16), (2, 32), (25, 48), (16, 32), (71, 576)):  # the last two fit tiles
         x, weight = drawn(rows, size).to(dtype), drawn(outputs, size, seed=1).to(dtype)
@@ -165,6 +165,12 @@ def test_memory_that_is_not_there_is_never_read():
     assert native_products.native_products(drawn(4, 32), []) == []
 
 
+def test_asked_for_where_there_is_none_it_says_so(monkeypatch):
+    monkeypatch.setattr(native_products, "compiled_kernel", lambda: None)
+    with pytest.raises(ValueError, match="no kernel"):
+        native_product(drawn(4, 32), drawn(40, 32))
+
+
 def test_it_is_made_whatever_the_default_device_is(unmade):
     with torch.device("meta"):
         assert has_native_products()
@@ -229,12 +235,25 @@ def test_without_it_products_are_torchs(unmade, monkeypatch, caplog, how):
     assert torch.allclose(few_row_linear(x, weight), F.linear(x, weight), atol=1e-4)
 
 
-@pytest.mark.skipif(not native_products.has_native_tiles(), reason="needs a CPU with AMX")
-def test_tiles_that_multiply_wrong_are_not_used(unmade, monkeypatch, caplog):
-    monkeypatch.setattr(native_kernel, "SOURCE", native_kernel.SOURCE.replace("ps(0, 6, 4)", "ps(0, 4, 6)"))
+@pytest.mark.parametrize("broken", ["ps(0, 4, 6)", "ps(0, 6, 4"], ids=["wrong", "not compiled"])
+def test_tiles_that_do_not_work_are_done_without(unmade, monkeypatch, caplog, broken):
+    if not native_products.has_native_tiles():
+        pytest.skip("needs a CPU with AMX and a compiler that knows it")
+    native_kernel.compiled_kernel.cache_clear()
+    shutil.rmtree(unmade)
+    monkeypatch.setattr(native_kernel, "SOURCE", native_kernel.SOURCE.replace("ps(0, 6, 4)", broken))
     with caplog.at_level(logging.WARNING):
-        assert not has_native_products()
-    assert "multiplies wrong in torch.bfloat16" in caplog.text
+        assert has_native_products()
+    assert not native_products.has_native_tiles()
+    assert not caplog.text
+    x, weight = drawn(4, 32).bfloat16(), drawn(40, 32, seed=1).bfloat16()
+    assert torch.allclose(native_product(x, weight).float(), F.linear(x, weight).float(), atol=0.1)
+
+
+def test_a_cpu_without_amx_makes_no_kernel_to_look_for_tiles(unmade, monkeypatch):
+    monkeypatch.setattr(native_products, "_has_amx", lambda: False)
+    assert not native_products.has_native_tiles()
+    assert not unmade.exists()
 
 
 def test_generation_drafts_and_verifies_with_it_but_prefills_as_generate_does(monkeypatch, tiny_target, tiny_drafter):

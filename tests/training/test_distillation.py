@@ -55,6 +55,7 @@ def test_answers_are_the_targets_own(target: Any, tmp_path: Path) -> None:
     assert rows["input_ids"][0] == lines[0]["p"] + lines[0]["r"]
     assert rows["loss_mask"][0] == [0] * len(lines[0]["p"]) + [1] * len(lines[0]["r"])
     recipe = json.loads((tmp_path / "recipe.json").read_text())
+    assert json.loads(rows.info.description) == recipe
     assert recipe["settings"]["excluded"]["count"] == 0
     assert recipe["settings"]["seed"] == 4
     assert recipe["versions"]["torch"] == torch.__version__

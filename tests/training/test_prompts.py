@@ -97,6 +97,14 @@ def test_distinct_turns() -> None:
     assert turns[-1] in list(distinct(turns, set()))
 
 
+def test_turns_that_quote_a_benchmark() -> None:
+    excluded = ["Tom has three red apples and gives two of them to Ann. How many has he?"]
+    quoting = "Solve this: tom has THREE red apples, and gives two\nto me"
+    near = "Solve this: Tom has three red apples and gives one to me"  # seven words in a row
+    assert list(distinct([quoting, near], set(), excluded)) == [near]
+    assert list(distinct([quoting, near], set())) == [quoting, near]
+
+
 def test_prompts_follow_the_template_where_there_is_one() -> None:
     with_template, without = byte_tokenizer(), byte_tokenizer(template=None)
     assert with_template.decode(chat_prompt(with_template, "Why?")) == "<user>Why?\n<assistant>"

@@ -42,7 +42,7 @@ def distill(
     stems: Annotated[Path | None, typer.Option(help="Beginnings of self-made turns, one a line.")] = None,
     exclude: Annotated[
         list[str] | None,
-        typer.Option(help="Questions that no prompt may begin like: a file or a set's name; repeatable."),
+        typer.Option(help="Questions that no prompt may share a passage with: a file or a set's name; repeatable."),
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="Of the answers; 0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Of sampled answers.")] = 0.95,

@@ -16,11 +16,9 @@ from ..bench.question_sets import NAMES
 from ..bench.result_file import first_setting_that_differs
 from ..drafter_loading import DrafterError, drafter_folder
 from ..runtime.half_precision import has_dear_rows
-from ..runtime.machine_trees import is_by_machine
 from ..tuning.calibrate import CalibrationPlan, NamedDrafter, calibrate
 from ..tuning.calibration import Calibration
 from ..tuning.choice import Prediction, choose, fitting
-from ..tuning.drafter_tree import drafter_config, write_drafter_tree
 from ..tuning.errors import TuningError
 from ..tuning.pictures import draw_sweep, draw_tree, need_matplotlib, save
 from .console import (
@@ -39,6 +37,7 @@ from .console import (
 )
 from .loading import DEMO, find_demo_drafter, load_drafter, load_target
 from .prompts import read_prompts
+from .tree_receiver import TreeReceiver
 from .tune_check import check_settings, run_check
 from .tune_plan import curves, simulate
 from .tune_tables import check_table, choice_table, prediction_values
@@ -176,7 +175,7 @@ def tune(
         sources = drafter or ([find_demo_drafter()] if target == DEMO else [])
         if not sources:
             raise TuningError("Name the target's drafter: --drafter FOLDER_OR_REPO.")
-        receiver = None if apply is None else _receiver(apply, sources, beside)
+        receiver = None if apply is None else TreeReceiver(apply, sources, beside)
         set_threads(threads)
         with quiet():
             model, tokenizer = load_target(target, parsed, where)
@@ -184,8 +183,8 @@ def tune(
             asked = read_prompts(prompts, tokenizer, num_prompts)
             wanted = asked if check_prompts is None else read_prompts(check_prompts, tokenizer, num_prompts)
             drafters = [_drafter(source, model) for source in sources]
-            if dynamic:
-                _refuse_rejection(drafters, receiver)
+            if receiver is not None and dynamic:
+                receiver.refuse_rejection(drafters)
             provenance = {
                 "versions": versions(),
                 "machine": machine(model.device),
@@ -200,34 +199,24 @@ def tune(
             found = choose(calibration.options(), max_passes, max_nodes)
             ranked = fitting(found, max_nodes)
             best = ranked[0]
-            applied = None
             dear = has_dear_rows(model.device, model.dtype)
-            if apply is not None and not dynamic:
-                # The best tree of this drafter: another one's ranks and k are not its own.
-                own = next(one for one in ranked if one.drafter == receiver)
-                given = own if static or _draws_siblings(drafters, own.drafter) else calibration.dynamic(own)
+            if receiver is not None and not dynamic:
+                own = next(one for one in ranked if one.drafter == receiver.name)
                 # A dynamic tree of the same size and look-up were faster on all sets of docs/comparison.md, on one CPU.
                 # --dynamic --check measures both where it is to be used.
-                applied = write_drafter_tree(apply, given.tree, given.lookup, dear=dear, beside=beside)
+                given = own if static or receiver.draws_siblings(drafters) else calibration.dynamic(own)
+                receiver.give(given.tree, given.lookup, dear)
             result = None
             if check is not None:
                 chosen = check_settings(calibration, best, plan, None if sweep else settings, dynamic)
-                # Beside another tree there can be a dynamic one only.
-                eligible = [one for one in chosen if one.drafter == receiver and (one.dynamic or not beside)]
-                if apply is not None and dynamic and not eligible:
-                    raise TuningError(
-                        f"None of the {len(chosen)} settings to measure is one of {apply}, which is to get the fastest "
-                        "of its own: raise --settings, or give that --drafter alone."
-                    )
+                if receiver is not None and dynamic:
+                    receiver.require_one_of(chosen)
                 result = run_check(
                     check, output, calibration, model, drafters, wanted, chosen, max_new_tokens, check_repeats,
                     _progress(not as_json),
                 )  # fmt: skip
-                if apply is not None and dynamic:  # what a dynamic tree is worth is known by now, and only now
-                    own_entries = (entry for entry in result["settings"] if entry["drafter"] == receiver)
-                    timed = [entry for entry in own_entries if isinstance(entry["tree"], dict) or not beside]
-                    fastest = max(timed, key=lambda entry: float(entry["measured"]["tokens_per_second"]))
-                    applied = write_drafter_tree(apply, fastest["tree"], fastest["lookup"], dear=dear, beside=beside)
+                if receiver is not None and dynamic:  # what a dynamic tree is worth is known by now, and only now
+                    receiver.give_fastest(result["settings"], dear)
             if pictures is not None:
                 _draw(pictures, calibration, best, result if sweep else None)
     except (TuningError, BenchError, DrafterError) as error:
@@ -235,7 +224,7 @@ def tune(
     except KeyboardInterrupt:
         stderr.print("Stopped. A finished calibration and a begun --check are kept; the same command goes on.")
         raise typer.Exit(130) from None
-    _show(found, result, output, None if applied is None else _words(applied, apply), as_json)
+    _show(found, result, output, None if receiver is None else receiver.words, as_json)
 
 
 def _refuse_ignored(
@@ -282,50 +271,6 @@ def _draw(folder: Path, calibration: Calibration, best: Prediction, sweep: dict[
         for kind in {entry["kind"] for entry in sweep["settings"]} - {"chosen"}:
             own = {**sweep, "settings": [entry for entry in sweep["settings"] if entry["kind"] == kind]}
             save(draw_sweep(own), folder / f"sweep-{kind}")
-
-
-def _receiver(folder: Path, sources: list[str], beside: bool) -> str:
-    """Which of the drafters lies in the folder of ``--apply``.
-
-    Raises:
-        TuningError: if none does, or it has no tree to be kept ``beside``.
-    """
-    if not (folder / "config.json").is_file():
-        raise TuningError(f"--apply {folder} is no drafter's folder.")
-    if beside and not isinstance(drafter_config(folder).get("tree"), dict):
-        raise TuningError(f"--beside keeps a dynamic tree for machines of the other kind, and {folder} has none.")
-    for source in sources:
-        if Path(source).is_dir() and Path(source).resolve() == folder.resolve():
-            return source
-    raise TuningError(
-        f"--apply {folder} is none of the drafters measured ({', '.join(sources)}): a tree fits the drafter it was "
-        "found for. Give its folder with --drafter."
-    )
-
-
-def _words(tree: Any, folder: Path | None) -> str:
-    """What was applied, and for which machines."""
-    kind = "dynamic with look-up" if isinstance(tree, dict) else "static"
-    where = ", on machines of this kind" if is_by_machine(tree) else ""
-    return f"The best tree, {kind}, is now the tree of {folder}{where}."
-
-
-def _draws_siblings(drafters: list[NamedDrafter], name: str) -> bool:
-    """Whether the drafter has the verifier 'rejection', which takes static trees alone."""
-    return any(named.name == name and named.drafter.config.verifier == "rejection" for named in drafters)
-
-
-def _refuse_rejection(drafters: list[NamedDrafter], receiver: str | None) -> None:
-    """See that the drafter that may get a dynamic tree could sample with it.
-
-    Raises:
-        TuningError: if it could not.
-    """
-    if receiver is not None and _draws_siblings(drafters, receiver):
-        raise TuningError(
-            f"The drafter in {receiver} has the verifier 'rejection', which takes no dynamic tree when sampling: "
-            'set "verifier": "follow" in its config.json, or leave out --dynamic.'
-        )
 
 
 def _drafter(source: str, target: Any) -> NamedDrafter:

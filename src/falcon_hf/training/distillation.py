@@ -47,7 +47,7 @@ class DistillationSettings:
         column: of the dataset.
         split: of the dataset.
         stems: beginnings of self-made turns; None: those of ``stems.py``.
-        excluded: user turns that no prompt may begin like (a benchmark's).
+        excluded: user turns that no prompt may share a passage with (a benchmark's), see [`distinct`].
         temperature: of the answers; 0 is greedy.
         top_p: of sampled answers.
         max_prompt_tokens: longer prompts are left out.
@@ -314,13 +314,15 @@ def _comparable(recipe: dict[str, Any]) -> dict[str, Any]:
 def save_dataset(output: Path) -> tuple[int, int]:
     """Save the folder's dialogues as a ``datasets`` dataset in it: ``input_ids`` and ``loss_mask``, 1 for answers.
 
+    Its description is the recipe, so that it goes where the dataset goes.
+
     Returns:
         The number of dialogues and of answer tokens.
 
     Raises:
         DistillationError: if there are none.
     """
-    from datasets import Dataset
+    from datasets import Dataset, DatasetInfo
 
     lines = read_lines(output / DIALOGUES)
     if not lines:
@@ -328,5 +330,6 @@ def save_dataset(output: Path) -> tuple[int, int]:
     rows = [
         {"input_ids": line["p"] + line["r"], "loss_mask": [0] * len(line["p"]) + [1] * len(line["r"])} for line in lines
     ]
-    Dataset.from_list(rows).save_to_disk(str(output))
+    info = DatasetInfo(description=(output / RECIPE).read_text(encoding="utf-8"))
+    Dataset.from_list(rows, info=info).save_to_disk(str(output))
     return len(lines), sum(len(line["r"]) for line in lines)

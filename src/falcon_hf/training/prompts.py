@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ _COLUMNS = ("prompt", "instruction", "question", "text", "input")
 _SENTINEL = "falcon0sentinel"
 _LONGEST_TURN = 160  # tokens of a self-made turn; longer ones are dropped, as they have no end
 _EXCLUDED_CHARACTERS = 40
+_EXCLUDED_WORDS = 8
 
 
 def normalised(turn: str) -> str:
@@ -148,17 +150,29 @@ def made_turns(
 
 
 def distinct(turns: Iterable[str], seen: set[str], excluded: Iterable[str] = ()) -> Iterator[str]:
-    """The turns that are new, have more than a few letters, and begin like none of ``excluded``.
+    """The turns that are new, have more than a few letters, and share no passage with any of ``excluded``.
 
     Args:
         turns: candidates.
         seen: normalised turns there are already; the new ones are added.
-        excluded: turns, such as a benchmark's questions, whose first 40 characters none may share.
+        excluded: turns, such as a benchmark's questions, whose first 40 characters none may share, nor eight words
+            that follow each other.
     """
-    barred = {normalised(turn)[:_EXCLUDED_CHARACTERS] for turn in excluded}
+    barred, passages = set(), set()
+    for turn in excluded:
+        barred.add(normalised(turn)[:_EXCLUDED_CHARACTERS])
+        passages |= _passages(turn)
     for turn in turns:
         key = normalised(turn)
         if len(key) < 4 or key in seen or key[:_EXCLUDED_CHARACTERS] in barred:
             continue
+        if passages and not passages.isdisjoint(_passages(turn)):
+            continue
         seen.add(key)
         yield turn
+
+
+def _passages(turn: str) -> set[tuple[str, ...]]:
+    """All runs of eight words, punctuation left out."""
+    words = re.findall(r"\w+", turn.casefold())
+    return {tuple(words[first : first + _EXCLUDED_WORDS]) for first in range(len(words) - _EXCLUDED_WORDS + 1)}

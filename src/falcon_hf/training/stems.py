@@ -2,7 +2,7 @@
 
 A stem may have places: ``{name}``, ``{other}``, ``{thing}``, ``{number}``, ``{topic}``, ``{subject}``, ``{activity}``,
 ``{task}``, ``{place}``, ``{job}``, ``{word}``. None of them comes from a benchmark; ``falcon-hf distill --exclude``
-drops turns that begin like a question of one. Many fillings matter: a drafter that had seen three thousand dialogues of
+drops turns that quote one. Many fillings matter: a drafter that had seen three thousand dialogues of
 few topics was right far less often on other topics (docs/training.md).
 """
 

@@ -30,9 +30,10 @@ from .errors import TrainingError
 from .evaluation import EvaluationPlan, Tally, evaluate_batch
 from .features import compute_features
 from .fewer_shapes import filled, makes_code_by_shape, widened
-from .losses import DraftHead, feature_loss, vocabulary_loss
+from .losses import DraftHead
 from .resuming import AsIfWhole
 from .row_draws import RowDraws
+from .step_losses import StepLosses
 from .training_notes import TrainingNotes
 
 logger = logging.getLogger(__name__)
@@ -108,6 +109,7 @@ class FalconTrainer(Trainer):
         self._draft_places = places.to(device)
         self._micro = (-1, -1)  # optimizer step and micro-batch of the last batch
         self._notes = TrainingNotes(device)
+        self._losses = StepLosses(args, self._head, self._notes, self._over_processes)
         self._as_if_whole = AsIfWhole(self._notes)
         self.add_callback(self._as_if_whole)
 
@@ -177,7 +179,7 @@ class FalconTrainer(Trainer):
             model, pairs, seen, tokens, embeddings, offsets, kept, replaced, rolled
         )
         later = (torch.arange(pairs.tokens.shape[1], device=offsets.device)[None] + offsets[:, None]) % k > 0
-        loss = self._losses(outputs, wanted, pairs, corrected, later)
+        loss = self._losses.of(outputs, wanted, pairs, corrected, later)
         return (loss, outputs) if return_outputs else loss
 
     def _places(self, rows: int) -> list[int]:
@@ -308,47 +310,6 @@ class FalconTrainer(Trainer):
         estimates = [output.index_select(0, own) for output, own in zip(outputs, asked, strict=True)]
         wanted = [select.index_select(0, own) for select, own in zip(selects, asked, strict=True)]
         return estimates, wanted, corrected
-
-    def _losses(
-        self,
-        outputs: list[torch.Tensor],
-        wanted: list[torch.Tensor],
-        pairs: PairBatch,
-        corrected: torch.Tensor | None,
-        later: torch.Tensor,
-    ) -> torch.Tensor:
-        """The weighted loss, a mean over the positions of all processes' batches; accumulated batches count alike."""
-        args = self.args
-        targets = pairs.targets.flatten(0, 1)
-        weights = [1.0] + [args.rollout_weight] * (len(outputs) - 1)
-        counts = sum(weight * len(index) for weight, index in zip(weights, wanted, strict=True))
-        # DDP averages gradients over processes, so each divides by the average count.
-        shared = self._over_processes(torch.tensor(float(counts), device=targets.device)) / max(1, args.world_size)
-        total = torch.zeros((), device=targets.device)
-        for number, (estimates, index, weight) in enumerate(zip(outputs, wanted, weights, strict=True), start=1):
-            features = targets.index_select(0, index)
-            laws = features if pairs.laws is None else pairs.laws.take(index)
-            smooth = feature_loss(estimates, features, args.smooth_l1_beta)
-            vocabulary, sums, agree = vocabulary_loss(
-                estimates, laws, self._head, args.kl_weight, args.ce_weight, args.vocabulary_chunk
-            )
-            total = total + weight * (args.feature_weight * smooth + args.vocabulary_weight * vocabulary)
-            rows = max(1, len(index))
-            prefix = "" if number == 1 else f"pass{number}_"
-            means = {"smooth_l1": smooth.detach() / rows, "kl": sums[0] / rows, "agreement": agree.sum() / rows}
-            self._notes.add(**{prefix + name: value for name, value in means.items()})
-        if corrected is not None:  # only behind a first position is there a token that a law does not know
-            mine = later.flatten().index_select(0, wanted[0])
-            index = wanted[0][mine]
-            laws = targets.index_select(0, index) if pairs.laws is None else pairs.laws.take(index)
-            vocabulary, sums, agree = vocabulary_loss(
-                corrected[mine], laws, self._head, args.kl_weight, args.ce_weight, args.vocabulary_chunk
-            )
-            total = total + args.vocabulary_weight * args.correction_weight * vocabulary
-            rows = max(1, len(index))
-            self._notes.add(corrected_kl=sums[0] / rows, corrected_agreement=agree.sum() / rows)
-        self._notes.positions_seen += len(wanted[0])
-        return total / shared.clamp_min(1)
 
     def _over_processes(self, sums: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(sums, "sum") if self.args.world_size > 1 else sums
