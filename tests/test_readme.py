@@ -24,6 +24,7 @@ RESULTS = (
     "gsm8k-float32-greedy",
     "humaneval-float32-greedy",
     "out-of-domain-float32-greedy",
+    "mt-bench-bfloat16-sampled",
     "mt-bench-float32-sampled",
     "mt-bench-float32-penalties",
     "mt-bench-bfloat16-batch4",

@@ -112,7 +112,7 @@ def few_row_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
         return F.linear(x, weight, bias)
     if torch.is_autocast_enabled("cpu"):  # which chooses the dtype of each product
         return F.linear(x, weight, bias)
-    if takes_natively(x, weight) and is_native_faster(weight):
+    if is_native_faster(weight) and takes_natively(x, weight):
         product = native_product
     elif rows == 1:
         return F.linear(x, weight, bias)

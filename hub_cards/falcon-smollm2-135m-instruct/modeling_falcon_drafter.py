@@ -333,7 +333,7 @@ class FalconDrafter(PreTrainedModel):
     def scale_logits(self, products: torch.Tensor) -> torch.Tensor:
         """Products with the head's rows -> logits, scaled and capped as the target's."""
         scale = self.config.logit_scale
-        logits = products if scale == 1 else products * scale  # a copy of all of them
+        logits = products if scale == 1 else products * scale  # by 1 it would be a copy for nothing
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

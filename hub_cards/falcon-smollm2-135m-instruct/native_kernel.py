@@ -49,6 +49,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """What is multiplied, and how the kernel is told."""
 _CAPABILITIES = ("AVX2", "AVX512")
 _FLAGS = ("-std=c++17", "-O3", "-mavx2", "-mfma", "-mtune=native", "-fopenmp", "-shared", "-fPIC")
+_NO_TILES = "-DNO_TILES"
 _COMPILING_SECONDS = 120
 
 ENTRY = r"""
@@ -64,7 +65,7 @@ extern "C" void falcon_few_rows(const void* const* values, void* const* ys, cons
   std::vector<Weight> weights;
   for (int i = 0; i < count; i++) weights.push_back({values[i], ys[i], outputs[i]});
   if (!is_brain) return multiply<Single>(weights, (const float*)x, n, rows, threads);
-  if (falcon_has_tiles() && fit_tiles(weights, n))
+  if (falcon_has_tiles() && fit_tiles(weights, n, rows))
     return multiply_by_tiles(weights, (const uint16_t*)x, n, rows, threads);
   std::vector<float> room(rows * n + 16);
   float* wide = room.data();
@@ -123,15 +124,15 @@ def compiled_kernel() -> Kernel | None:
         if _is_ours(kept):
             return _loaded(kept)
     why: list[str] = []
-    for compiler in _compilers():
+    for compiler, option in itertools.product(_compilers(), ([], [_NO_TILES])):
         try:
-            return _made(compiler, kept)
+            return _made([*compiler, *option], kept)
         except (OSError, subprocess.SubprocessError) as error:
             why.append(str(error))
     logger.warning(
         "No kernel for products with few rows could be made (%s), so torch's are used, which are slower. Falcon needs "
         "a C++ compiler for it; %s=0 in the environment does without and without this warning.",
-        "; ".join(why) or "there is no C++ compiler",
+        "; ".join(dict.fromkeys(why)) or "there is no C++ compiler",
         SWITCH,
     )
     return None
@@ -199,9 +200,9 @@ def _loaded(library: Path) -> Kernel:
     function.argtypes = [pointer, pointer, pointer, number, pointer, ctypes.c_long, number, number, number]
     kernel = Kernel(function, has_tiles)
     with torch.device("cpu"):  # whatever the user's default is
-        for dtype, size in itertools.product(DTYPES, (48, 64)):  # both ways for bfloat16
-            weight = (torch.arange(25 * size) % 7 - 3.0).view(25, size).to(dtype)
-            x = (torch.arange(8 * size) % 5 - 2.0).view(8, size).to(dtype)  # whole numbers: their sums are exact
+        for dtype, size, rows in itertools.product(DTYPES, (48, 64), (8, 25)):  # vectors, and tiles of all kinds
+            weight = (torch.arange(57 * size) % 7 - 3.0).view(57, size).to(dtype)
+            x = (torch.arange(rows * size) % 5 - 2.0).view(rows, size).to(dtype)  # whole numbers: their sums are exact
             (y,) = call(kernel, x, [weight])
             if not torch.equal(y.double(), x.double() @ weight.double().t()):
                 raise OSError(f"{library} multiplies wrong in {dtype}")

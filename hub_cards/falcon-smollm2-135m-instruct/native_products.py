@@ -23,7 +23,9 @@ Of an Intel Xeon with AMX:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -73,7 +75,8 @@ def native_products(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> list[to
     """The products of ``x`` ``[R, I]`` with several weights, one ``[R, O]`` each; see [`native_product`].
 
     Raises:
-        ValueError: if a weight is of another width, dtype or device, which would be read as what it is not.
+        ValueError: if a weight is of another width, dtype or device, which would be read as what it is not, or there is
+            no kernel.
     """
     if not all(_fits(x, weight) for weight in weights) or x.shape[-1] % MULTIPLE or x.dtype not in DTYPES:
         raise ValueError("The kernel multiplies rows and weights of one dtype and width on a CPU.")
@@ -89,6 +92,16 @@ def has_native_products() -> bool:
 
 
 def has_native_tiles() -> bool:
-    """Whether this machine has the kernel, and the kernel tiles for bfloat16."""
+    """Whether the kernel multiplies bfloat16 in tiles here; without AMX it is not compiled to find out."""
+    if not _has_amx():
+        return False
     kernel = compiled_kernel()
     return kernel is not None and kernel.has_tiles
+
+
+@functools.cache
+def _has_amx() -> bool:
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False

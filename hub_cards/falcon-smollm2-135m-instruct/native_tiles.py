@@ -9,7 +9,8 @@ Its sums are in float32 and rounded once, as those of torch's products there are
 """
 
 TILES = r"""
-#if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11  // earlier ones do not know tiles
+// Earlier compilers do not know tiles; a later one's assembler may not, and NO_TILES is for that.
+#if !defined(NO_TILES) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -30,10 +31,11 @@ struct alignas(64) Shapes {
 };
 
 bool ask_for_tiles() {
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw")) return false;
+  if (!__builtin_cpu_supports("avx512bf16")) return false;
   unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  if (!(d >> 22 & 1) || !(d >> 24 & 1) || !(b >> 16 & 1) || !(b >> 30 & 1)) return false;  // AMX, AVX-512 F and BW
-  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return false;             // AVX-512 for bfloat16
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;  // AMX for bfloat16
   constexpr long ASK = 0x1023, TILES = 18;  // Linux gives a process tiles if it asks
   return syscall(SYS_arch_prctl, ASK, TILES) == 0;
 }
@@ -64,9 +66,9 @@ WITH_TILES void store(const float* sums, uint16_t* y, long outputs, int rows) {
   }
 }
 
-// Sixteen outputs, or a pair of sixteen, of sixteen rows or a pair of sixteen. With FIRST the weights come from memory,
-// and those of the next outputs are asked for.
-template <bool OUTPUTS, bool ROWS, bool FIRST>
+// Sixteen outputs, or a pair of sixteen, of sixteen rows or a pair of sixteen. The next outputs' weights are asked for
+// meanwhile.
+template <bool OUTPUTS, bool ROWS>
 WITH_TILES void tiles(const uint16_t* w, const uint32_t* laid, long n, uint16_t* y, long outputs, int rows) {
   constexpr long COUNT = OUTPUTS ? PAIR : SIDE;
   const char* next = (const char*)(w + COUNT * n);
@@ -75,8 +77,7 @@ WITH_TILES void tiles(const uint16_t* w, const uint32_t* laid, long n, uint16_t*
   if (OUTPUTS) _tile_zero(2);
   if (OUTPUTS && ROWS) _tile_zero(3);
   for (long i = 0; i < n; i += DEPTH) {
-    if (FIRST)
-      for (long line = 0; line < COUNT; line++, next += 64) _mm_prefetch(next, _MM_HINT_T0);
+    for (long line = 0; line < COUNT; line++, next += 64) _mm_prefetch(next, _MM_HINT_T0);
     _tile_loadd(4, laid + i / 2 * SIDE, 64);
     if (ROWS) _tile_loadd(5, laid + (n + i) / 2 * SIDE, 64);
     _tile_loadd(6, w + i, n * 2);
@@ -106,30 +107,23 @@ WITH_TILES void tiles(const uint16_t* w, const uint32_t* laid, long n, uint16_t*
   }
 }
 
-template <bool OUTPUTS, bool FIRST>
-WITH_TILES void some_rows(const uint16_t* w, const uint32_t* laid, long n, uint16_t* y, long outputs, int rows) {
-  if (rows > SIDE) return tiles<OUTPUTS, true, FIRST>(w, laid, n, y, outputs, rows);
-  tiles<OUTPUTS, false, FIRST>(w, laid, n, y, outputs, rows);
-}
-
 template <bool OUTPUTS>
 WITH_TILES void all_rows(const uint16_t* w, const uint32_t* laid, long n, uint16_t* y, long outputs, int rows) {
-  some_rows<OUTPUTS, true>(w, laid, n, y, outputs, rows);
-  for (int r = PAIR; r < rows; r += PAIR)
-    some_rows<OUTPUTS, false>(w, laid + r * n / 2, n, y + r * outputs, outputs, rows - r);
+  if (rows > SIDE) return tiles<OUTPUTS, true>(w, laid, n, y, outputs, rows);
+  tiles<OUTPUTS, false>(w, laid, n, y, outputs, rows);
 }
 
-// Pairs of sixteen outputs, those of all weights counted on, from one to before another. Torch's own products may have
-// set tiles, and count on that.
-WITH_TILES __attribute__((noinline)) void some_pairs(const std::vector<Weight>& weights, const std::vector<long>& ends,
-                                                     long from, long to, const uint32_t* laid, long n, int rows) {
+// Pairs of sixteen outputs, those of all weights counted on, from one to before another. Other libraries may have set
+// tiles and count on that. By assembler, because some compilers' functions for it declare 8 of the 64 bytes they read.
+WITH_TILES void some_pairs(const std::vector<Weight>& weights, const std::vector<long>& ends, long from, long to,
+                           const uint32_t* laid, long n, int rows) {
   Shapes before{}, whole{1};
   for (int tile = 0; tile < 8; tile++) {
     whole.bytes[tile] = 64;
     whole.rows[tile] = SIDE;
   }
-  _tile_storeconfig(&before);
-  _tile_loadconfig(&whole);
+  asm volatile("sttilecfg %0" : "=m"(before));
+  asm volatile("ldtilecfg %0" : : "m"(whole));
   size_t which = 0;
   for (long pair = from; pair < to; pair++) {
     while (pair >= ends[which]) which++;
@@ -145,7 +139,7 @@ WITH_TILES __attribute__((noinline)) void some_pairs(const std::vector<Weight>& 
       all_rows<false>(w + at * n, laid, n, y + at, outputs, rows);
     }
   }
-  if (before.palette) _tile_loadconfig(&before);
+  if (before.palette) asm volatile("ldtilecfg %0" : : "m"(before));
   else _tile_release();
 }
 
@@ -162,10 +156,10 @@ void multiply_by_tiles(const std::vector<Weight>& weights, const uint16_t* x, lo
     some_pairs(weights, ends, ends.back() * thread / threads, ends.back() * (thread + 1) / threads, laid, n, rows);
 }
 
-bool fit_tiles(const std::vector<Weight>& weights, long n) {
+bool fit_tiles(const std::vector<Weight>& weights, long n, int rows) {
   for (const Weight& weight : weights)
     if (weight.outputs < SIDE) return false;
-  return n % DEPTH == 0;
+  return n % DEPTH == 0 && rows <= PAIR;
 }
 
 }  // namespace
@@ -173,7 +167,7 @@ bool fit_tiles(const std::vector<Weight>& weights, long n) {
 namespace {
 
 bool ask_for_tiles() { return false; }
-bool fit_tiles(const std::vector<Weight>&, long) { return false; }
+bool fit_tiles(const std::vector<Weight>&, long, int) { return false; }
 void multiply_by_tiles(const std::vector<Weight>&, const uint16_t*, long, int, int) {}
 
 }  // namespace

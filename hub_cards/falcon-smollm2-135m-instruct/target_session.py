@@ -26,11 +26,11 @@ from .native_products import has_native_products
 from .returned_attentions import PlainRows
 from .shared_heads import SharedHeads
 from .target import family
-from .target_attention import mask_for
 from .target_cache import fitting_cache
 from .target_slots import CachedSlots
 from .tree import DraftTree
 from .tree_graphs import TreeGraphs
+from .tree_masks import TreeMasks
 
 # Prepared anew for every forward of ours, or meaningless there.
 _OWN_KWARGS = frozenset(
@@ -48,18 +48,6 @@ def cache_key(target: PreTrainedModel) -> str:
     """The keyword of the cache: ``cache``, or ``past_key_values`` in older transformers (5.17)."""
     parameters = inspect.signature(target.forward).parameters
     return "cache" if "cache" in parameters else "past_key_values"
-
-
-def layer_kinds(config: Any) -> list[str]:
-    """Attention kind of each layer, by the rule of transformers' ``create_masks_for_generate``."""
-    layers = config.num_hidden_layers
-    if getattr(config, "layer_types", None) is not None:
-        return list(config.layer_types)
-    if getattr(config, "sliding_window", None) is not None:
-        return ["sliding_attention"] * layers
-    if getattr(config, "attention_chunk_size", None) is not None:
-        return ["chunked_attention"] * layers
-    return ["full_attention"] * layers
 
 
 def _returns_attentions(generation_config: Any) -> bool:
@@ -126,7 +114,7 @@ class TargetSession:
                 raise ValueError(
                     f"Falcon cannot carry the model input {name!r} through a tree; drop it or assistant_model."
                 )
-        self._kinds = layer_kinds(self.config)
+        self._masks = TreeMasks(target, self.cache)
         self._feature_layers = feature_layers
         support = family(target)
         self._causal = support is not None and support.drafts == "chain"
@@ -271,13 +259,13 @@ class TargetSession:
         return one and self.target.config._attn_implementation in ("eager", "sdpa")
 
     def _places(self, ancestors: torch.Tensor, positions: torch.Tensor, causal: bool) -> dict[str, Any]:
-        """What tells the target where the nodes are: masks and positions, as for a tree in [`masks`].
+        """What tells the target where the nodes are: masks and positions, as for a tree in [`TreeMasks`].
 
         A chain (``causal``) needs what plain decoding gives, a mask ``[B, L + N]`` of the slots, and positions where
         the target takes any.
         """
         if not causal:
-            return {"position_ids": positions, "attention_mask": self.masks(ancestors, positions)}
+            return {"position_ids": positions, "attention_mask": self._masks.of(self.slots, ancestors, positions)}
         mask = torch.cat((self.slots.valid, torch.ones_like(positions, dtype=torch.bool)), dim=1).long()
         if self._static:  # some build their biases from the mask, for all slots
             mask = F.pad(mask, (0, int(self.cache.get_max_length()) - mask.shape[1]))
@@ -299,40 +287,6 @@ class TargetSession:
         return self._plain_rows.token(
             outputs.attentions, row, node, [columns[columns >= offset] - offset for offset in offsets]
         )
-
-    def masks(self, ancestors: torch.Tensor, positions: torch.Tensor) -> Any:
-        """The 4D mask of a tree behind the cached slots, one a layer kind where the target wants a dict.
-
-        Args:
-            ancestors: ``[B, N, N]`` bool.
-            positions: ``[B, N]``, positions of the nodes.
-
-        Returns:
-            ``[B, 1, N, width]``, in the form that the target's attention takes (see [`mask_for`]).
-        """
-        masks: dict[str, Any] = {}
-        rows, nodes = positions.shape
-        for kind in dict.fromkeys(self._kinds):
-            width, offset = (int(size) for size in self.cache.get_mask_sizes(nodes, self._kinds.index(kind)))
-            held = self.slots.length - offset  # slots before the tree that a layer of this kind still holds
-            visible = torch.zeros(rows, nodes, width, dtype=torch.bool, device=positions.device)
-            visible[:, :, :held] = self.slots.valid[:, None, offset:]
-            visible[:, :, held : held + nodes] = ancestors
-            if kind != "full_attention":
-                places = self.slots.places(positions)
-                keys = torch.zeros(rows, width, dtype=torch.long, device=positions.device)
-                keys[:, :held] = self.slots.place[:, offset:]
-                keys[:, held : held + nodes] = places
-                visible &= self._in_reach(kind, keys[:, None], places[:, :, None])
-            masks[kind] = mask_for(self.target, visible[:, None])
-        return masks if getattr(self.config, "layer_types", None) is not None else masks[self._kinds[0]]
-
-    def _in_reach(self, kind: str, keys: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
-        """Whether a sliding or chunked layer's query may look at a key, by their places."""
-        if kind == "sliding_attention":
-            return keys > queries - self.config.sliding_window
-        size = self.config.attention_chunk_size
-        return keys // size == queries // size
 
     def keep(self, paths: list[list[int]], nodes: int) -> None:
         """Keep the verified nodes of each row (ascending, from the root on) of a tree of ``nodes``, drop the others.
