@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers.cache_utils import Cache, StaticLayer
 
-from falcon_hf.runtime.target_session import TargetSession, cache_key
+from falcon_hf.runtime.target_session import cache_key
+from falcon_hf.runtime.tree_masks import TreeMasks
 
 from .families import tiny_family
 from .helpers import bushy_tree, run
@@ -86,13 +87,13 @@ def test_a_stale_tree_slot_is_never_seen(tiny_drafter, monkeypatch):
     inputs = batch((7,))
     options = GREEDY | {"cache_implementation": "static"}
     plain, _ = run(target, 0, inputs, **GREEDY)
-    masks = TargetSession.masks
+    right = TreeMasks.of
 
-    def careless(self, ancestors, positions):
-        mask = masks(self, ancestors, positions)
+    def careless(self, slots, ancestors, positions):
+        mask = right(self, slots, ancestors, positions)
         return torch.ones_like(mask) if isinstance(mask, torch.Tensor) else mask
 
-    monkeypatch.setattr(TargetSession, "masks", careless)
+    monkeypatch.setattr(TreeMasks, "of", careless)
     if not CROPPABLE:
         with pytest.raises(ValueError, match=REFUSAL):
             run(target, 0, inputs, assistant_model=drafter, **options)

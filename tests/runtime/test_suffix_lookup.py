@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 
 from falcon_hf import FalconCandidateGenerator, FalconDrafterConfig
 from falcon_hf.runtime.suffix_lookup import SuffixLookup
-from falcon_hf.runtime.target_session import TargetSession
 from falcon_hf.runtime.tree_growth import Growth
 
-from .helpers import assert_same_text, prompt_ids
+from .helpers import assert_same_text, break_masks, prompt_ids
 from .test_batch import ENDING, GREEDY, batch, both
 from .test_candidate_generator import VOCAB, committed
 from .test_dynamic_tree import SAMPLED, SPEC, paths_of
@@ -193,10 +192,7 @@ def test_a_wrong_mask_changes_the_text(tiny_target, tiny_drafter, monkeypatch):
     """The control of the comparison: joined nodes that see every node before them."""
     target = tiny_target(VOCAB)
     drafter = tiny_drafter(target, 2, tree=SPEC, **REPETITIVE)
-    plain = TargetSession.masks
-    monkeypatch.setattr(
-        TargetSession, "masks", lambda self, seen, *rest: plain(self, torch.ones_like(seen).tril(), *rest)
-    )
+    break_masks(monkeypatch)
     with pytest.raises(AssertionError):
         assert_same_text(target, drafter, prompt_ids(VOCAB, 6).repeat(1, 3), max_new_tokens=40, do_sample=False)
 
