@@ -29,9 +29,11 @@ RESULTS = (
     "mt-bench-float32-penalties",
     "mt-bench-bfloat16-batch4",
 )
-# Those of docs/comparison.md, which are not of the shipped drafter alone.
+# Those of docs/comparison.md, of other methods and of other drafters too.
 MEASUREMENTS = ROOT / "docs" / "measurements"
 COMPARED = (
+    "all-mt-bench-bfloat16-greedy",
+    "all-gsm8k-bfloat16-greedy",
     "all-mt-bench-float32-greedy",
     "all-gsm8k-float32-greedy",
     "all-humaneval-float32-greedy",
