@@ -50,8 +50,8 @@ class BlockMixing(nn.Module):
         if place is None and columns % block_size == 0:
             blocks = fused.view(rows, -1, block_size, size)
             pairs = torch.cat((blocks, blocks[:, :, -1:].expand_as(blocks)), dim=-1)
-            mixed = [few_row_linear(pairs[:, :, position], weight[position]) for position in range(block_size)]
-            return torch.stack(mixed, dim=2).view(rows, columns, size)
+            own = [few_row_linear(pairs[:, :, position], weight[position]) for position in range(block_size)]
+            return torch.stack(own, dim=2).view(rows, columns, size)
         if place is None:
             place = ((torch.arange(columns, device=fused.device) - columns) % block_size).expand(rows, -1)
         newest = (torch.arange(columns, device=fused.device) + block_size - 1 - place).clamp_max(columns - 1)
