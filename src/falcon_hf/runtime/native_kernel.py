@@ -68,8 +68,7 @@ extern "C" void falcon_few_rows(const void* const* values, void* const* ys, cons
   if (falcon_has_tiles() && fit_tiles(weights, n, rows))
     return multiply_by_tiles(weights, (const uint16_t*)x, n, rows, threads);
   std::vector<float> room(rows * n + 16);
-  float* wide = room.data();
-  while (reinterpret_cast<uintptr_t>(wide) % 64) wide++;  // no vector of it lies across two cache lines
+  float* const wide = aligned(room);
   const uint16_t* narrow = (const uint16_t*)x;
   for (long i = 0; i < rows * n; i += 16)
     for (int lane = 0; lane < 16; lane++) {

@@ -144,12 +144,9 @@ WITH_TILES void some_pairs(const std::vector<Weight>& weights, const std::vector
 }
 
 void multiply_by_tiles(const std::vector<Weight>& weights, const uint16_t* x, long n, int rows, int threads) {
-  std::vector<long> ends;  // of each weight's pairs, when all are counted on
-  for (const Weight& weight : weights)
-    ends.push_back((ends.empty() ? 0 : ends.back()) + (weight.outputs + PAIR - 1) / PAIR);
+  const std::vector<long> ends = ends_of_tiles(weights, PAIR);
   std::vector<uint32_t> room((rows + SIDE - 1) / SIDE * SIDE * n / 2 + SIDE);
-  uint32_t* laid = room.data();
-  while (reinterpret_cast<uintptr_t>(laid) % 64) laid++;
+  uint32_t* const laid = aligned(room);
   lay_out(x, laid, n, rows);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int thread = 0; thread < threads; thread++)

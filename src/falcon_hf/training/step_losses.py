@@ -8,6 +8,7 @@ import torch
 
 from .arguments import FalconTrainingArguments
 from .batches import PairBatch
+from .laws import TargetLaws
 from .losses import DraftHead, feature_loss, vocabulary_loss
 from .training_notes import TrainingNotes
 
@@ -58,7 +59,8 @@ class StepLosses:
         for number, (estimates, index, weight) in enumerate(zip(outputs, wanted, weights, strict=True), start=1):
             features = targets.index_select(0, index)
             smooth = feature_loss(estimates, features, args.smooth_l1_beta)
-            vocabulary, divergence, agreement = self._vocabulary(estimates, index, features, pairs)
+            laws = features if pairs.laws is None else pairs.laws.take(index)
+            vocabulary, divergence, agreement = self._vocabulary(estimates, laws)
             total = total + weight * (args.feature_weight * smooth + args.vocabulary_weight * vocabulary)
             prefix = "" if number == 1 else f"pass{number}_"
             means = {"smooth_l1": smooth.detach() / max(1, len(index)), "kl": divergence, "agreement": agreement}
@@ -66,19 +68,18 @@ class StepLosses:
         if corrected is not None:  # only behind a first position is there a token that a law does not know
             mine = later.flatten().index_select(0, wanted[0])
             index = wanted[0][mine]
-            features = targets.index_select(0, index)
-            vocabulary, divergence, agreement = self._vocabulary(corrected[mine], index, features, pairs)
+            laws = targets.index_select(0, index) if pairs.laws is None else pairs.laws.take(index)
+            vocabulary, divergence, agreement = self._vocabulary(corrected[mine], laws)
             total = total + args.vocabulary_weight * args.correction_weight * vocabulary
             self._notes.add(corrected_kl=divergence, corrected_agreement=agreement)
         self._notes.positions_seen += len(wanted[0])
         return total / shared.clamp_min(1)
 
     def _vocabulary(
-        self, estimates: torch.Tensor, index: torch.Tensor, features: torch.Tensor, pairs: PairBatch
+        self, estimates: torch.Tensor, laws: torch.Tensor | TargetLaws
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The sum of the estimates' vocabulary losses, and means of KL and of agreement in the likeliest token."""
-        args, rows = self._args, max(1, len(index))
-        laws = features if pairs.laws is None else pairs.laws.take(index)
+        args, rows = self._args, max(1, len(estimates))
         loss, sums, agree = vocabulary_loss(
             estimates, laws, self._head, args.kl_weight, args.ce_weight, args.vocabulary_chunk
         )
