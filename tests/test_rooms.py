@@ -22,6 +22,7 @@ SHARED = {
     "processor_name",
     "compiled_decoding",
     "whole_files",
+    "chat_template",
 }
 MAY_IMPORT = {
     "runtime": set[str](),
@@ -31,6 +32,7 @@ MAY_IMPORT = {
     "version": set[str](),
     "processor_name": set[str](),
     "whole_files": set[str](),
+    "chat_template": set[str](),
     "drafter_checks": {"runtime"},
     "drafter_loading": {"runtime", "drafter_checks"},
     "tree_files": {"runtime"},

@@ -110,6 +110,12 @@ def test_the_hubs_mt_bench_calls_turns_prompt(tmp_path: Path) -> None:
     assert read_questions(path) == [Question(1, "maths", ("2 + 2?", "And 3 + 3?"))]
 
 
+def test_a_chat_template_that_refuses() -> None:
+    refusing = byte_tokenizer(template="{{ raise_exception('Turns must alternate.') }}")
+    with pytest.raises(BenchError, match="refuses the messages: Turns must alternate"):
+        prompt_ids(refusing, Question(1, "a", ("Why?",)))
+
+
 def test_no_chat_template() -> None:
     with pytest.raises(BenchError, match="no chat template"):
         prompt_ids(byte_tokenizer(template=None), Question(1, "maths", ("2 + 2?",)))

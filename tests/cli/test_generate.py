@@ -131,6 +131,15 @@ def test_chat_template_and_system_message(generate: Generate) -> None:
     assert_refused(generate(PROMPT, "--system", "Be brief.", "--no-chat-template"), "--system", "template")
 
 
+def test_a_chat_template_that_refuses_is_one_line(generate: Generate, repos: Path, tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(template="{{ raise_exception('System role not supported.') }}")
+    shutil.copytree(repos / "target", tmp_path / "refusing")
+    tokenizer.save_pretrained(tmp_path / "refusing")
+    refusing = tmp_path / "refusing"
+    assert_refused(generate(PROMPT, target=refusing), "System role not supported", "--no-chat-template")
+    assert generate(PROMPT, "--no-chat-template", target=refusing).exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -113,7 +113,17 @@ def test_masks_of_another_length(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "row", [{"input_ids": "text", "loss_mask": [1, 1, 1, 1]}, {"input_ids": 3, "loss_mask": 1}, [1]]
+    "row",
+    [
+        {"input_ids": "text", "loss_mask": [1, 1, 1, 1]},
+        {"input_ids": 3, "loss_mask": 1},
+        [1],
+        {"input_ids": [[5, 6, 7]], "loss_mask": [[0, 1, 1]]},
+        {"input_ids": [1.7, 2.9], "loss_mask": [0, 1]},
+        {"input_ids": [2**40 + 5, 6], "loss_mask": [0, 1]},
+        {"input_ids": [2**70, 6], "loss_mask": [0, 1]},
+        {"input_ids": [5, 6], "loss_mask": [[0], [1]]},
+    ],
 )
 def test_values_that_are_no_ids(tmp_path, row):
     refused(write_lines(tmp_path / "a.jsonl", [row]), "line 1")

@@ -169,6 +169,15 @@ def test_prompts_from_a_file_end_the_run(target: Any, tmp_path: Path, caplog: py
         run(target, tmp_path / "none", replace(settings, max_prompt_tokens=4))
 
 
+def test_turns_that_are_always_too_long_end_the_run(
+    target: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The target makes turns without end, so a limit that none meets would be a run without end."""
+    monkeypatch.setattr(distillation, "_MOST_TOO_LONG", 5)
+    with pytest.raises(DistillationError, match=r"5 prompts in a row were longer than 4 tokens.*--max-prompt-tokens"):
+        run(target, tmp_path, replace(SETTINGS, max_prompt_tokens=4))
+
+
 def test_sampled_answers_repeat_with_the_seed(target: Any, tmp_path: Path) -> None:
     texts = []
     for name, seed in (("a", 4), ("b", 4), ("c", 5)):

@@ -18,6 +18,7 @@ from falcon_hf.training.features import (
     estimate_bytes,
     feature_width,
     free_bytes,
+    held_digest,
     is_complete,
     target_digest,
 )
@@ -130,6 +131,15 @@ def test_a_target_that_changed(target, tiny_text, tmp_path):
             build(tmp_path, changed, tiny_text)
     assert target_digest(copy.deepcopy(target)) == target_digest(target)
     assert sorted((path.name, path.stat().st_mtime_ns) for path in tmp_path.iterdir()) == before
+
+
+def test_an_offloaded_target_is_not_cached(target, tiny_text):
+    """Its weights are not here to be hashed, so that nothing would tell them from another target's."""
+    assert held_digest(target) == target_digest(target)
+    offloaded = copy.deepcopy(target).to("meta")
+    assert held_digest(offloaded) is None
+    with pytest.raises(TrainingError, match="set features to 'live'"):
+        cache_key(offloaded, tiny_text, 512, None)
 
 
 def test_text_that_changed(target, tiny_text, tmp_path):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+import re
 import sys
 
 import pytest
 import torch
 
-from falcon_hf import FalconDrafter
+from falcon_hf import FalconDrafter, FalconDrafterConfig
 from falcon_hf.runtime.target import fingerprint
 from falcon_hf.training import pipeline
-from falcon_hf.training.arguments import FalconTrainingArguments
+from falcon_hf.training.arguments import FalconTrainingArguments, check_rollout
 from falcon_hf.training.errors import TrainingError
 from falcon_hf.training.new_drafter import make_drafter
 from falcon_hf.training.pipeline import default_learning_rate, train_drafter
@@ -186,6 +188,17 @@ def test_a_rollout_that_cannot_be_is_refused_before_anything_is_computed(tiny_ta
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.parametrize(("rows", "share", "refused"), [(3, 0.25, True), (4, 0.25, False), (3, 0.0, False)])
+def test_pieces_need_a_row_that_rolls_on_in_every_process(tmp_path, rows, share, refused):
+    """Else the processes would gather the layers' pieces different numbers of times, and wait for each other."""
+    args = arguments(tmp_path, per_device_train_batch_size=rows, rollout_passes=2, rollout_share=share)
+    config = FalconDrafterConfig(vocab_size=8, hidden_size=8, num_attention_heads=2, fusion="linear")
+    check_rollout(args, config)
+    args.fsdp = True
+    with pytest.raises(TrainingError, match="Raise batch size") if refused else contextlib.nullcontext():
+        check_rollout(args, config)
+
+
 def test_a_note_of_an_earlier_version_has_fewer_fields(tiny_target, text_file, tmp_path):
     target = tiny_target(VOCAB)
     train(text_file, target, tmp_path, given={"max_steps": 4, "eval_strategy": "no"})
@@ -328,6 +341,51 @@ def test_bad_plans_are_told(tiny_target, tiny_drafter, text_file, tmp_path, tiny
     tiny_drafter(tiny_target(VOCAB + 1), 2).save_pretrained(tmp_path / "other")
     with pytest.raises(TrainingError, match="25 tokens"):
         make_drafter(plan_of(text_file, tmp_path, init_from=str(tmp_path / "other")), target, tiny_text, tiny_text)
+
+
+def test_a_tree_or_target_that_a_drafter_cannot_go_on_with(tiny_target, tiny_drafter, text_file, tmp_path, tiny_text):
+    """Refused before anything is trained: a calibration of another k, and features of a layer that is not the last."""
+    target = tiny_target(VOCAB)
+    tiny_drafter(target, 3, "linear").save_pretrained(tmp_path / "three")
+    table = {"log_probability": [-1.0, 0.0], "acceptance": [[[0.5, 1.0]] * 2]}
+    of_two = {"kind": "dynamic", "nodes": 4, "calibration": table}
+    with pytest.raises(TrainingError, match="needs 3 tables"):
+        make_drafter(
+            plan_of(text_file, tmp_path, init_from=str(tmp_path / "three"), tree=of_two), target, tiny_text, []
+        )
+    tiny_drafter(target, 2, "linear", feature_layers=[1, 2]).save_pretrained(tmp_path / "layers")
+    plan = plan_of(text_file, tmp_path, init_from=str(tmp_path / "layers"))
+    make_drafter(plan, target, tiny_text, [])  # the control
+    deeper = copy.deepcopy(target)
+    deeper.config.num_hidden_layers = 3
+    with pytest.raises(TrainingError, match="must end with 3"):
+        make_drafter(plan, deeper, tiny_text, [])
+
+
+def test_the_draft_vocabularys_share_of_each_text(tiny_target, text_file, tmp_path, tiny_text):
+    said: list[str] = []
+    plan = plan_of(text_file, tmp_path, draft_vocab_size=12)
+    for held_out in (tiny_text, []):
+        make_drafter(plan, tiny_target(VOCAB), tiny_text, held_out, report=said.append)
+    both, alone = (line for line in said if line.startswith("draft vocabulary"))
+    assert re.fullmatch(r"draft vocabulary of 12 tokens: ([\d.]+%) of the training text, \1 of the held-out text", both)
+    assert both.startswith(alone)
+    assert alone.endswith("% of the training text")
+    with pytest.raises(TrainingError, match="draft_vocab_size"):  # not the default
+        make_drafter(plan_of(text_file, tmp_path, draft_vocab_size=0), tiny_target(VOCAB), tiny_text, [])
+
+
+def test_the_recipe_of_a_hub_drafter_is_an_ancestor(monkeypatch, tmp_path):
+    """It is read where the repo was downloaded to; a folder beside a drafter is no ancestor's."""
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "recipe.json").write_text('{"run": 1}')
+    monkeypatch.setattr(pipeline, "drafter_folder", lambda source: tmp_path / "cache")
+    assert pipeline._drafter_recipe("org/drafter") == {"run": 1}
+    monkeypatch.undo()
+    (tmp_path / "cache" / "drafter").mkdir()
+    assert pipeline._drafter_recipe(str(tmp_path / "cache" / "drafter")) is None
+    with pytest.raises(TrainingError, match="not a folder here"):
+        pipeline._drafter_recipe(str(tmp_path / "nowhere"))
 
 
 def test_a_drafter_that_goes_on_is_the_new_targets(tiny_target, tiny_drafter, text_file, tmp_path, tiny_text):

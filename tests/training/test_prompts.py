@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import itertools
 import json
@@ -114,6 +115,10 @@ def test_prompts_follow_the_template_where_there_is_one() -> None:
     shouting = byte_tokenizer(template="{{ messages[0].content | upper }}")
     with pytest.raises(DistillationError, match="--prompts"):
         turn_opening(shouting)
+    refusing = byte_tokenizer(template="{{ raise_exception('No users.') }}")
+    for ask in (lambda: turn_opening(refusing), lambda: chat_prompt(refusing, "Why?")):
+        with pytest.raises(DistillationError, match="refuses the messages: No users"):
+            ask()
 
 
 def test_end_tokens_of_model_and_tokenizer(tiny_target: Any) -> None:
@@ -137,6 +142,17 @@ def test_made_turns_begin_with_stems_end_by_themselves_and_repeat_with_the_seed(
     assert all(turn.startswith(("Say", "Sing")) and "{" not in turn[:10] for turn in turns)
     assert turns == some(1) != some(2)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_target_that_ends_no_turn_is_told(tiny_target: Any) -> None:
+    """Instead of decoding without end: it has no end token, or never writes it."""
+    target = copy.deepcopy(tiny_target(VOCABULARY, seed=32))
+    target.generation_config.eos_token_id = None
+    with pytest.raises(DistillationError, match="no turn would ever end"):
+        next(made_turns(target, byte_tokenizer(), batch_size=4, seed=0))
+    target.generation_config.eos_token_id = [VOCABULARY]  # a token it does not have
+    with pytest.raises(DistillationError, match="None of 3 user turns"):
+        next(made_turns(target, byte_tokenizer(), batch_size=4, seed=0, chunk=3))
 
 
 def test_stems_are_filled_and_varied() -> None:

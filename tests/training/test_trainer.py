@@ -144,6 +144,28 @@ def test_every_step_measures_some_rows(tiny_target, tiny_drafter, tiny_text, tmp
     assert min(errors) > 0.3
 
 
+def test_an_incomplete_last_batch_is_measured_too(tiny_target, tiny_drafter, tiny_text, tmp_path):
+    """40 dialogues in batches of 18 end with one of 4, in which an eighth is no row by itself."""
+    target = tiny_target(VOCAB)
+    trainer = train(
+        fresh(tiny_drafter, target),
+        target,
+        tiny_text,
+        tmp_path,
+        per_device_train_batch_size=18,
+        first_pass_share=0.125,
+        max_steps=9,
+    )
+    errors = [entry["first_pass_error"] for entry in trainer.state.log_history if "first_pass_error" in entry]
+    assert len(errors) == 9
+    assert min(errors) > 0.3
+    assert trainer._rolled_first([0, 1, 2, 3], 1.0)[1] == 0  # the default: one pass
+    trainer.args.rollout_passes = 2
+    trainer.args.rollout_share = 0.1
+    assert trainer._rolled_first(list(range(18)), 1.0)[1] == 1
+    assert trainer._rolled_first([0, 1, 2, 3], 1.0)[1] == 1
+
+
 @pytest.mark.parametrize("glance_loss", ["unreplaced", "all"])
 @pytest.mark.parametrize("block_size", [2, 3])
 def test_the_second_pass_is_shown_feature_and_token_of_the_same_pairs(
@@ -353,7 +375,9 @@ def test_several_gpus_without_torchrun_are_one(tiny_target, tiny_drafter, tiny_t
     """DataParallel would split rows and hand each part the flat indices of all."""
     target, args = tiny_target(VOCAB), arguments(tmp_path, max_steps=1)
     assert args.n_gpu <= 1
+    rows = args.rows_a_step
     args._n_gpu = 2
+    assert args.rows_a_step == rows  # what a resume is held to, before and after there is a trainer
     with caplog.at_level("WARNING", logger="falcon_hf.training.trainer"):
         trainer = FalconTrainer(fresh(tiny_drafter, target), args, target, DialogueDataset(tiny_text))
     assert "torchrun" in caplog.text

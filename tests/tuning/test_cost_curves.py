@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from falcon_hf.tuning.cost_curves import measure_curves, random_target
+from falcon_hf.tuning.errors import TuningError
 from falcon_hf.tuning.roofline import TargetShape
 
 SHAPE = TargetShape("tiny", 2, 64, 4, 2, 96, 128)
@@ -16,6 +18,11 @@ def test_random_target_has_the_shapes_weights():
     norms = (2 * SHAPE.layers + 1) * SHAPE.hidden
     assert target.num_parameters() == SHAPE.read_weights + SHAPE.hidden * SHAPE.vocab + norms
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_a_context_of_nothing_is_refused():
+    with pytest.raises(TuningError, match="at least one token, got 0"):
+        measure_curves(SHAPE, (1,), torch.device("cpu"), torch.float32, (8, 0), 2, 1)
 
 
 def test_curves():

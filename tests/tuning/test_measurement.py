@@ -241,12 +241,14 @@ def test_a_check_measures_what_is_not_done(calibrated):
 
 def test_sweep_has_all_cells(calibrated):
     options = calibrated[3].options()
-    assert len(sweep_settings(options, (1, 2), (6, 8))) == 4
+    assert len(sweep_settings(options, 2, 16)) == 4  # m = 1 and 2; N = 8 and 16, as far as the trees grow
+    below = sweep_settings(options, 2, 6)
+    assert [one.nodes <= 6 for one in below] == [True, True]
 
 
 def test_dynamic_trees_take_the_calibration(calibrated):
     target, drafters, prompts, calibration, _ = calibrated
-    setting = sweep_settings(calibration.options(), (2,), (8,))[0]
+    setting = sweep_settings(calibration.options(), 2, 8)[1]
     dynamic = calibration.dynamic(setting)
     assert dynamic.tree["nodes"] == setting.nodes - 1
     assert dynamic.tree["pass_cost"] > 0

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..chat_template import ChatTemplateError, templated
 from .errors import BenchError
 
 
@@ -151,7 +152,7 @@ def prompt_ids(tokenizer: Any, question: Question, answers: Sequence[str] = ()) 
         answers: the assistant's, one a turn before.
 
     Raises:
-        BenchError: if the tokenizer has no chat template.
+        BenchError: if the tokenizer has no chat template, or one that refuses the chat.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise BenchError("The target's tokenizer has no chat template; bench asks chat questions of chat models.")
@@ -159,6 +160,8 @@ def prompt_ids(tokenizer: Any, question: Question, answers: Sequence[str] = ()) 
     for turn, answer in zip(question.turns, answers, strict=False):
         chat += [{"role": "user", "content": turn}, {"role": "assistant", "content": answer}]
     chat.append({"role": "user", "content": question.turns[len(answers)]})
-    encoded = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    ids: torch.Tensor = encoded["input_ids"]
+    try:
+        ids: torch.Tensor = templated(tokenizer, chat, return_tensors="pt")["input_ids"]
+    except ChatTemplateError as error:
+        raise BenchError(str(error)) from error
     return ids

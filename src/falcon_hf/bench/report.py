@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..processor_name import processor_name
+from ..whole_files import write_whole
 from . import tables
 from .errors import BenchError
 from .tables import Result
@@ -168,7 +169,7 @@ def update_file(path: Path, report: str, check: bool = False) -> bool:
         except BenchError as error:
             raise BenchError(f"{path} has no place for results: {error}") from error
         if updated != text and not check:
-            path.write_text(updated, encoding="utf-8")
+            write_whole(path, updated)
     except (OSError, UnicodeDecodeError) as error:
         raise BenchError(f"{path} cannot be updated: {getattr(error, 'strerror', None) or 'not text'}.") from error
     return updated != text

@@ -66,7 +66,7 @@ def tasks(named: Named) -> str:
                 rows.append((name, category, label, str(own["calls"]), shown[0], shown[1], *shown[5:], _same(own)))
     if not rows:
         return ""
-    head = ("run", "task", "method", "calls", "tokens/s", "speed", "tau", "with bonus", "alpha", "identical")
+    head = ("run", "task", "method", "texts", "tokens/s", "speed", "tau", "with bonus", "alpha", "identical")
     return folded("By task", _table(head, 3, rows))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, TextStreamer
 
+from ..chat_template import ChatTemplateError, templated
 from ..runtime.modeling_falcon_drafter import FalconDrafter
 from ..runtime.statistics import GenerationStatistics
 from .console import fail
@@ -69,7 +70,9 @@ class Answer:
 
 
 def encode(tokenizer: Any, prompt: str, system: str | None = None, chat: bool = True) -> dict[str, torch.Tensor]:
-    """``input_ids`` and ``attention_mask``, ``[1, P]`` each, of a prompt; a prompt of nothing ends the command.
+    """``input_ids`` and ``attention_mask``, ``[1, P]`` each, of a prompt.
+
+    One of nothing, or that the chat template refuses, ends the command.
 
     Args:
         tokenizer: the target's.
@@ -82,9 +85,10 @@ def encode(tokenizer: Any, prompt: str, system: str | None = None, chat: bool = 
     if chat and tokenizer.chat_template:
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": prompt})
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        try:
+            encoded = templated(tokenizer, messages, return_tensors="pt")
+        except ChatTemplateError as error:
+            fail(f"{error} --no-chat-template does without it.")
     elif system:
         fail("--system needs a chat template: the tokenizer has none, or --no-chat-template is given.")
     else:

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..bench.errors import BenchError
 from ..bench.question_sets import find_questions
+from ..bench.questions import read_lines
 from ..training.distillation import DistillationSettings, distil, save_dataset
 from ..training.errors import DistillationError
 from .console import (
@@ -120,8 +121,7 @@ def distill(
 
 def _stems(path: Path) -> list[str]:
     """The lines of a file of stems, without empty ones."""
-    lines = [line.rstrip("\n") for line in path.read_text(encoding="utf-8").splitlines()]
-    found = [line for line in lines if line.strip()]
+    found = [line for line in read_lines(path) if line.strip()]
     if not found:
         raise DistillationError(f"{path} holds no stems.")
     return found

@@ -51,15 +51,15 @@ class TrainingProgress(TrainerCallback):
         return f"{step} loss {logs['loss']:.4f} {numbers} {speed:,.0f} positions/s{left}"
 
 
-def evaluation_lines(logs: dict[str, Any], prefix: str = "eval") -> list[str]:
+def evaluation_lines(logs: dict[str, Any]) -> list[str]:
     """An evaluation as lines: loss and acceptance length, then the accuracies of each pass."""
-    tau = logs[f"{prefix}_tau_with_bonus"]
-    lines = [f"held out: loss {logs[f'{prefix}_loss']:.4f}, {tau:.3f} tokens a round (simulated)"]
+    tau = logs["eval_tau_with_bonus"]
+    lines = [f"held out: loss {logs['eval_loss']:.4f}, {tau:.3f} tokens a round (simulated)"]
     number = 1
-    while places := _accuracies(logs, f"{prefix}_pass{number}", 1):
+    while places := _accuracies(logs, f"eval_pass{number}", 1):
         lines.append(f"  pass {number}, top 1 / 3 / 10 in % a position: {places}")
         number += 1
-    if places := _accuracies(logs, f"{prefix}_corrected", 2):
+    if places := _accuracies(logs, "eval_corrected", 2):
         lines.append(f"  pass 1 corrected for the token before, from position 2 on: {places}")
     return lines
 
@@ -76,24 +76,27 @@ def _accuracies(logs: dict[str, Any], name: str, place: int) -> str:
 
 @contextmanager
 def feature_bar(console: Console) -> Iterator[Callable[[int, int], None]]:
-    """A function to call with (done, all) tokens; the bar appears at the first call and goes when all is done."""
-    columns = (TextColumn("features"), BarColumn(), TextColumn("{task.completed:,.0f} tokens"), TimeRemainingColumn())
-    bar = Progress(*columns, console=console, transient=True)
-    task: TaskID | None = None
-    stopped = False
+    """A function to call with (done, all) tokens; a bar appears at the first call and goes when all is done.
+
+    The next call after that begins another bar: features first, then laws.
+    """
+    columns = (BarColumn(), TextColumn("{task.completed:,.0f} tokens"), TimeRemainingColumn())
+    bar: Progress | None = None
+    task = TaskID(0)
 
     def update(done: int, whole: int) -> None:
-        nonlocal task, stopped
-        if task is None:
+        nonlocal bar, task
+        if bar is None:
+            bar = Progress(*columns, console=console, transient=True)
+            task = bar.add_task("", total=whole)
             bar.start()
-            task = bar.add_task("features", total=whole)
         bar.update(task, completed=done)
         if done >= whole:
             bar.stop()
-            stopped = True
+            bar = None
 
     try:
         yield update
     finally:
-        if task is not None and not stopped:  # stopping one that never ran writes an empty line
+        if bar is not None:
             bar.stop()

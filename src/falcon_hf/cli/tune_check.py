@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..tuning.calibrate import CalibrationPlan, NamedDrafter
 from ..tuning.calibration import Calibration
-from ..tuning.check import SWEEP_NODES, compare, measure, spread_settings, sweep_settings
+from ..tuning.check import compare, measure, spread_settings, sweep_settings
 from ..tuning.check_file import CheckFile
 from ..tuning.choice import Prediction
 from .prompts import PromptSet
@@ -29,9 +29,8 @@ def check_settings(
     if count is not None:
         chosen = spread_settings(options, count, plan.passes, plan.nodes)
     else:
-        sizes = [size for size in SWEEP_NODES if size <= plan.nodes] or [plan.nodes]
         # The automatic choice is none of the sweep's sizes: it is measured beside them.
-        chosen = [replace(best, kind="chosen"), *sweep_settings(options, range(1, plan.passes + 1), sizes)]
+        chosen = [replace(best, kind="chosen"), *sweep_settings(options, plan.passes, plan.nodes)]
     return chosen + [calibration.dynamic(one) for one in chosen if dynamic and one.kind in ("tuned", "chosen")]
 
 

@@ -61,7 +61,7 @@ class TreeTable:
         node = torch.zeros(ranks.shape[:-1], dtype=torch.long)
         count = torch.zeros_like(node)
         for rank in ranks.unbind(-1):
-            # A walk that has ended stays ended: the last row is never a parent's, and -1 looks it up only to fail.
+            # A walk that has ended stays ended, whatever it looks up.
             node = torch.where(node >= 0, self._child[node.clamp_min(0), rank], -1)
             count += node >= 0
         return count

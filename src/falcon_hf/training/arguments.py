@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
+
+from .errors import TrainingError
 
 GLANCE_LOSSES = ("unreplaced", "all")
 
@@ -69,7 +72,9 @@ class FalconTrainingArguments(TrainingArguments):
     @property
     def rows_a_step(self) -> int:
         """Rows of one optimizer step: of all processes and accumulated batches."""
-        return self.train_batch_size * self.gradient_accumulation_steps * max(1, self.world_size)
+        # Not train_batch_size, which counts all GPUs of a process: FalconTrainer takes one.
+        rows = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        return rows * max(1, self.world_size)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,3 +100,24 @@ class FalconTrainingArguments(TrainingArguments):
             raise ValueError("rollout_passes and vocabulary_chunk must be at least 1, and smooth_l1_beta positive.")
         if self.glance_longest_run is not None and self.glance_longest_run < 1:
             raise ValueError("glance_longest_run must be at least 1; glance_lambda=0 turns glancing off.")
+
+
+def check_rollout(args: FalconTrainingArguments, config: Any) -> None:
+    """See that a drafter of this config can go on to further passes, if it is to.
+
+    Raises:
+        TrainingError: if it cannot.
+    """
+    if args.rollout_passes > 1 and config.fusion == "lstm":
+        raise TrainingError(
+            "A rollout would have to carry the LSTM's states from pass to pass: train with rollout_passes=1, or "
+            "with fusion 'linear' or 'lstm_stateless'."
+        )
+    pieces = args.fsdp or args.deepspeed
+    if pieces and args.rollout_passes > 1 and 0 < args.per_device_train_batch_size * args.rollout_share < 1:
+        # A process without such a row would gather the layers' pieces fewer times than the others, and all would wait.
+        raise TrainingError(
+            "With fsdp or deepspeed every process needs a row that goes on to further passes: "
+            f"{args.rollout_share:g} of {args.per_device_train_batch_size} rows is none. Raise batch size or "
+            "rollout_share, or set rollout_passes=1."
+        )

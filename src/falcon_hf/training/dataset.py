@@ -200,8 +200,8 @@ def _read_lines(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             ids, mask = _ids_and_mask(row)
             if len(ids) != len(mask):
                 raise TrainingError(f"{path}, line {number}: input_ids and loss_mask must have the same length.")
-            tokens.append(np.asarray(ids, dtype=np.int64).astype(np.int32))
-            masks.append(np.asarray(mask, dtype=np.bool_))
+            tokens.append(_whole_numbers(ids))
+            masks.append(_whole_numbers(mask).astype(np.bool_))
     except json.JSONDecodeError as error:
         raise TrainingError(f"{path}, line {number + 1} is no JSON ({error}); the file may be truncated.") from error
     except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as error:
@@ -218,6 +218,17 @@ def _read_lines(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         raise TrainingError(f"{path} is empty.")
     offsets = np.concatenate(([0], np.cumsum([len(ids) for ids in tokens]))).astype(np.int64)
     return np.concatenate(tokens), np.concatenate(masks), offsets
+
+
+def _whole_numbers(values: Any) -> np.ndarray:
+    """A flat list of int32's integers, as an array; ValueError on any other."""
+    array = np.asarray(values)
+    if array.ndim != 1 or (array.dtype.kind not in "iub" and len(array)):
+        raise ValueError(f"got {values!r:.80}")
+    limits = np.iinfo(np.int32)
+    if len(array) and not limits.min <= array.min() <= array.max() <= limits.max:
+        raise ValueError(f"{array.max()} is no token's id")
+    return array.astype(np.int32)
 
 
 def _rows(path: Path) -> Iterator[Any]:

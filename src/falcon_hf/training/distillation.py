@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 DIALOGUES, TURNS, RECIPE, FEATURES = "dialogues.jsonl", "turns.jsonl", "recipe.json", "features.bfloat16"
 DIGEST = "target_digest"  # the recipe's key
 _LOCK = ".lock"  # held while a run appends
+_MOST_TOO_LONG = 1000  # prompts in a row before a run gives up
 
 
 @dataclass(frozen=True)
@@ -169,14 +170,23 @@ def _appended(
     prompts: dict[int, list[int]] = {}
 
     def feed() -> Iterator[list[int]]:
+        too_long = 0
         for number, turn in _turns(target, tokenizer, settings, output, answered):
             if len(numbers) == wanted:
                 return
             prompt = chat_prompt(tokenizer, turn)
             if len(prompt) <= settings.max_prompt_tokens:
+                too_long = 0
                 prompts[len(numbers)] = prompt
                 numbers.append(number)
                 yield prompt
+                continue
+            too_long += 1
+            if settings.prompts is None and too_long == _MOST_TOO_LONG:  # the target makes turns without end
+                raise DistillationError(
+                    f"{too_long} prompts in a row were longer than {settings.max_prompt_tokens} tokens, the last "
+                    f"{len(prompt)}, the chat template's own included: raise --max-prompt-tokens."
+                )
 
     choose = Sampler(settings.temperature, settings.top_p, seed=settings.seed) if settings.temperature else greedy
     texts = generate_texts(

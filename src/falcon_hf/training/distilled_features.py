@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from .dataset import TrainingData
 from .distillation import DIALOGUES, DIGEST, FEATURES, RECIPE
-from .features import target_digest
+from .features import held_digest
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def find_distilled_features(
     reasons = {
         f"they are of the layers {kept}": not set(wanted) <= set(kept),
         "their recipe, of an earlier falcon_hf, does not tell the target": digest is None,
-        "they are another target's, or of another dtype": digest is not None and digest != target_digest(target),
+        "they are another target's, or of another dtype": digest is not None and digest != held_digest(target),
         "the text was cut or has grown": not np.array_equal(lengths[: len(data)], data.lengths),
         "the file is too short": path.stat().st_size < int(data.offsets[-1]) * 2 * width,
     }

@@ -33,7 +33,8 @@ def earlier_drafter(
     target's own, so that it grows without a weight. It keeps its tokens, and gains the most frequent of ``train``.
 
     Raises:
-        TrainingError: if it cannot be loaded, was made for another kind of target, or cannot gain that.
+        TrainingError: if it cannot be loaded, was made for another kind of target, cannot gain that, or cannot have the
+            plan's tree.
     """
     text = target.config.get_text_config()
     try:
@@ -46,6 +47,7 @@ def earlier_drafter(
             f"{source} was made for a target of width {config.hidden_size} and {config.vocab_size} tokens; "
             f"this one has {text.hidden_size} and {text.vocab_size}."
         )
+    plan.check_feature_layers(config.feature_layers, int(text.num_hidden_layers))
     if "correction_rank" in plan.config:
         drafter = _with_correction(drafter, plan.config["correction_rank"], source)
     if plan.draft_vocab_size is not None:
@@ -58,6 +60,7 @@ def earlier_drafter(
         config.tree = plan.tree
         if not isinstance(plan.tree, dict):
             config.lookup = None  # it needs a dynamic tree
+        _check(config)
     # It is this target's from now on: what generate() compares.
     config.target_name_or_path = getattr(target.config, "_name_or_path", None) or None
     config.target_model_type = text.model_type
@@ -94,12 +97,21 @@ def _with_vocabulary(
     return grown
 
 
-def _remade(drafter: FalconDrafter, config: FalconDrafterConfig, without: str | None = None) -> FalconDrafter:
-    """A drafter of this config with the other one's weights, as far as it has them."""
+def _check(config: FalconDrafterConfig) -> None:
+    """Refuse what no drafter can be.
+
+    Raises:
+        TrainingError: saying what is wrong.
+    """
     try:
         config.check()
     except ValueError as error:
         raise TrainingError(f"No such drafter: {error}") from error
+
+
+def _remade(drafter: FalconDrafter, config: FalconDrafterConfig, without: str | None = None) -> FalconDrafter:
+    """A drafter of this config with the other one's weights, as far as it has them."""
+    _check(config)
     made = FalconDrafter(config)
     made.load_state_dict({name: value for name, value in drafter.state_dict().items() if name != without}, strict=False)
     return made

@@ -180,7 +180,7 @@ class FeatureCache:
             data: all dialogues, in the order they will be asked for.
             key: see [`cache_key`].
             feature_layers: hidden states side by side, or None for the last.
-            progress: called after every batch.
+            progress: called after every batch and every shard.
             shard_bytes: about how much a shard holds.
             ready: ``ready(dialogue)`` gives features ``[n, W]`` that are there already, or None: the target computes
                 the shards that lack any.
@@ -221,6 +221,8 @@ class FeatureCache:
                     block = _compute_shard(target, data, rows, width, feature_layers, progress, done)
                 write_shard(folder / shard["file"], {_TENSOR: block})
                 done += shard["tokens"]
+                if progress is not None:
+                    progress(done, int(data.offsets[-1]))
             write_whole(folder / _INDEX, json.dumps({**index, "complete": True}))
         except OSError as error:
             raise TrainingError(
@@ -242,10 +244,17 @@ def is_complete(folder: Path) -> bool:
 def cache_key(
     target: PreTrainedModel, data: TrainingData, max_length: int, feature_layers: list[int] | None
 ) -> dict[str, Any]:
-    """What makes a cache this target's and this text's."""
+    """What makes a cache this target's and this text's.
+
+    Raises:
+        TrainingError: if the target's weights are offloaded, so that no hash of them can be taken.
+    """
+    digest = held_digest(target)
+    if digest is None:
+        raise TrainingError("Features of an offloaded target cannot be cached: set features to 'live'.")
     return {
         "version": _VERSION,
-        "target": target_digest(target),
+        "target": digest,
         "target_fingerprint": fingerprint(target),
         "target_name": target.config._name_or_path,
         "data": data.sha256(),

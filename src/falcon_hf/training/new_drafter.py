@@ -46,7 +46,9 @@ def make_drafter(
     if plan.init_from is not None:
         return earlier_drafter(plan, plan.init_from, target, train, control_tokens(target, tokenizer), say)
     vocab_size = int(text.vocab_size)
-    size = plan.draft_vocab_size or (8192 if vocab_size > 16384 else None)
+    size = plan.draft_vocab_size
+    if size is None and vocab_size > 16384:
+        size = 8192
     overrides = {"tree": plan.tree, "draft_vocab_size": None if size == vocab_size else size, **plan.config}
     feature_size, embedding_size = _typical_sizes(target, train)
     scale = overrides.setdefault("embedding_scale", embedding_scale(feature_size, embedding_size))
@@ -54,12 +56,7 @@ def make_drafter(
         config = FalconDrafterConfig.from_target(target, block_size=plan.block_size, fusion=plan.fusion, **overrides)
     except (TypeError, ValueError) as error:
         raise TrainingError(f"No such drafter: {error}") from error
-    layers, last = config.feature_layers, int(text.num_hidden_layers)
-    if layers is not None and layers[-1] != last:
-        raise TrainingError(
-            f"feature_layers must end with {last}, the target's num_hidden_layers, because the drafter estimates that "
-            f"hidden state; got {layers}."
-        )
+    plan.check_feature_layers(config.feature_layers, int(text.num_hidden_layers))
     drafter = FalconDrafter(config)
     if plan.target_layers:
         start_from_target_layers(drafter, target)
@@ -77,8 +74,9 @@ def make_drafter(
             raise TrainingError(str(error)) from error
         assert drafter.draft_vocab_ids is not None
         drafter.draft_vocab_ids.copy_(torch.from_numpy(ids))
-        shares = [f"{coverage(part, ids, vocab_size):.1%}" for part in (train, held_out) if len(part)]
-        say(f"draft vocabulary of {len(ids)} tokens: {' of the training text, '.join(shares)} of the held-out text")
+        texts = [(name, part) for name, part in (("training", train), ("held-out", held_out)) if len(part)]
+        shares = [f"{coverage(part, ids, vocab_size):.1%} of the {name} text" for name, part in texts]
+        say(f"draft vocabulary of {len(ids)} tokens: {', '.join(shares)}")
     return drafter.train()
 
 

@@ -16,23 +16,23 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
+from ..drafter_loading import DrafterError, drafter_folder
 from ..runtime.modeling_falcon_drafter import FalconDrafter
-from ..runtime.target import head_weight
 from ..whole_files import write_whole
 from .allocator import keep_freed_memory
-from .arguments import FalconTrainingArguments
+from .arguments import FalconTrainingArguments, check_rollout
 from .batches import DialogueDataset
 from .dataset import joined, load_training_data, split
 from .errors import TrainingError
 from .feature_source import prepare_features
 from .features import Progress, held_digest, target_digest
 from .laws import LawCache
-from .losses import DraftHead
 from .new_drafter import make_drafter
 from .plan import SAVED_DTYPES, TrainingPlan
 from .recipe import data_recipe, make_recipe
 from .resuming import check_resume, deciding_arguments, last_checkpoint, refuse_drafter
-from .trainer import FalconTrainer, check_rollout
+from .trainer import FalconTrainer
+from .training_head import training_head
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def train_drafter(
         tokenizer: its tokenizer; only its control tokens are read.
         resume: go on from the last checkpoint in ``args.output_dir``.
         report: told in a line what is being done.
-        progress: called while features are computed.
+        progress: called while features, and the target's laws, are computed.
         callbacks: for the trainer.
         provenance: goes into the recipe as it is.
 
@@ -89,7 +89,7 @@ def train_drafter(
         f"learned), {len(held_out)} held out"
     )
     # What the drafter to go on from was made of, its own ancestors included.
-    started_from = None if plan.init_from is None else data_recipe(plan.init_from)
+    started_from = None if plan.init_from is None else _drafter_recipe(plan.init_from)
     if isinstance(started_from, dict):
         started_from.pop("card", None)  # words about that drafter, not about how it came to be
     torch.manual_seed(args.seed)  # weights of a new drafter; what transformers.Trainer does as well
@@ -108,7 +108,7 @@ def train_drafter(
         laws = None
         if keeps_laws and cache is not None:
             say("the target's laws over the draft vocabulary, once for all epochs")
-            laws = LawCache.build(cache, _law_head(drafter, target, args), progress)
+            laws = LawCache.build(cache, training_head(drafter, target, args), progress)
     model: Any = drafter
     if plan.lora_rank:
         model = _with_lora(drafter, plan.lora_rank)
@@ -163,6 +163,18 @@ def train_drafter(
     return drafter
 
 
+def _drafter_recipe(source: str) -> Any:
+    """The recipe of the drafter at ``source``, a folder or a Hub repo, if it has one.
+
+    Raises:
+        TrainingError: if there is no such drafter.
+    """
+    try:
+        return data_recipe(drafter_folder(source))
+    except DrafterError as error:
+        raise TrainingError(str(error)) from error
+
+
 @contextlib.contextmanager
 def _disk_errors(checkpoints: Path) -> Iterator[None]:
     """A file that cannot be written is the user's to solve; nothing that was whole is lost.
@@ -190,13 +202,6 @@ def peak_memory() -> int | None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _law_head(drafter: FalconDrafter, target: PreTrainedModel, args: FalconTrainingArguments) -> DraftHead:
-    """The head that the trainer will use."""
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else drafter.dtype
-    weight = drafter.draft_head(head_weight(target)).to(args.device, dtype).contiguous()
-    return DraftHead(weight, drafter.config.logit_scale)
 
 
 def _with_lora(drafter: FalconDrafter, rank: int) -> Any:

@@ -75,6 +75,19 @@ class TrainingPlan:
                 f"out {'that' if len(given) == 1 else 'those'}, or train a new drafter without init_from."
             )
 
+    @staticmethod
+    def check_feature_layers(layers: list[int] | None, last: int) -> None:
+        """Refuse feature layers that do not end with the target's last, whose state a drafter estimates.
+
+        Raises:
+            TrainingError: naming that layer.
+        """
+        if layers is not None and layers[-1] != last:
+            raise TrainingError(
+                f"feature_layers must end with {last}, the target's num_hidden_layers, because the drafter estimates "
+                f"that hidden state; got {layers}."
+            )
+
     def _shape_given(self) -> list[str]:
         """The fields that say what a new drafter is like and are not as by default; config's by their own names."""
         fields = type(self).__dataclass_fields__

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..chat_template import ChatTemplateError, templated
 from .batched_generation import Sampler, generate_texts
 from .errors import DistillationError
 from .stems import draw_stem
@@ -37,22 +38,38 @@ def end_ids(target: PreTrainedModel, tokenizer: Any) -> list[int]:
 
 
 def chat_prompt(tokenizer: Any, turn: str) -> list[int]:
-    """Token ids of one user turn and the header of the answer; the bare text where there is no chat template."""
+    """Token ids of one user turn and the header of the answer; the bare text where there is no chat template.
+
+    Raises:
+        DistillationError: if the template refuses it.
+    """
     if tokenizer.chat_template is None:
         return list(tokenizer(turn)["input_ids"])
     message = [{"role": "user", "content": turn}]
-    return list(tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"])
+    return list(_templated(tokenizer, message)["input_ids"])
 
 
 def turn_opening(tokenizer: Any) -> str:
-    """The chat template's text up to where the user's turn begins; empty where there is no template."""
+    """The chat template's text up to where the user's turn begins; empty where there is no template.
+
+    Raises:
+        DistillationError: if the template changes what the user says, or refuses it.
+    """
     if tokenizer.chat_template is None:
         return ""
     message = [{"role": "user", "content": _SENTINEL}]
-    text = str(tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False))
+    text = str(_templated(tokenizer, message, tokenize=False))
     if _SENTINEL not in text:
         raise DistillationError("The tokenizer's chat template changes the user's text; give prompts with --prompts.")
     return text.split(_SENTINEL)[0]
+
+
+def _templated(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> Any:
+    """[`templated`], with this room's error."""
+    try:
+        return templated(tokenizer, messages, **options)
+    except ChatTemplateError as error:
+        raise DistillationError(str(error)) from error
 
 
 def read_turns(source: str, column: str | None = None, split: str = "train") -> Iterator[str]:
@@ -133,9 +150,14 @@ def made_turns(
         seed: of stems and sampling (temperature 1, top-p 0.95).
         stems: beginnings to choose from; those of ``stems.py`` by default.
         chunk: turns begun together.
+
+    Raises:
+        DistillationError: if the target cannot make turns: as [`turn_opening`], or none of a chunk comes to an end.
     """
     chooser, sampler = random.Random(seed), Sampler(seed=seed)
     opening, ends = turn_opening(tokenizer), end_ids(target, tokenizer)
+    if not ends:
+        raise DistillationError("Neither generation config nor tokenizer has an end token, so no turn would ever end.")
     while True:
         begun = [draw_stem(chooser, stems) for _ in range(chunk)]
         prompts = [tokenizer(opening + stem, add_special_tokens=not opening)["input_ids"] for stem in begun]
@@ -144,9 +166,16 @@ def made_turns(
         made = generate_texts(
             target, prompts, batch_size=batch_size, max_new_tokens=_LONGEST_TURN, end_ids=ends, choose=sampler
         )
+        ended = 0
         for text in made:
             if text.tokens[-1] in ends:
+                ended += 1
                 yield (begun[text.number] + tokenizer.decode(text.tokens[:-1])).strip()
+        if not ended:
+            raise DistillationError(
+                f"None of {chunk} user turns that the target began ended within {_LONGEST_TURN} tokens: it does not "
+                "write user turns. Give prompts with --prompts."
+            )
 
 
 def distinct(turns: Iterable[str], seen: set[str], excluded: Iterable[str] = ()) -> Iterator[str]:

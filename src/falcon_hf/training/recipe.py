@@ -73,12 +73,15 @@ def changed_arguments(args: TrainingArguments) -> dict[str, Any]:
 
 
 def data_recipe(path: str | Path) -> Any:
-    """What ``falcon-hf distill`` wrote about the text: ``recipe.json`` in or beside it, None if there is none."""
+    """What ``falcon-hf distill`` wrote about the text: ``recipe.json`` in a folder, or beside a file.
+
+    None if there is none that can be read; likewise of a drafter's folder.
+    """
     path = Path(path).expanduser()
-    for place in (path / "recipe.json", path.parent / "recipe.json"):
-        if place.is_file():
-            try:
-                return json.loads(place.read_text(encoding="utf-8"))
-            except ValueError:
-                return None
-    return None
+    place = (path if path.is_dir() else path.parent) / "recipe.json"
+    if not place.is_file():
+        return None
+    try:
+        return json.loads(place.read_text(encoding="utf-8"))
+    except ValueError:
+        return None

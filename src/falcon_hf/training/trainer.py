@@ -13,9 +13,9 @@ from transformers import PreTrainedModel, Trainer
 
 from ..runtime.candidate_generator import config_tree
 from ..runtime.modeling_falcon_drafter import FalconDrafter
-from ..runtime.target import head_weight, input_embeddings
+from ..runtime.target import input_embeddings
 from .acceptance import simulated_shape
-from .arguments import FalconTrainingArguments
+from .arguments import FalconTrainingArguments, check_rollout
 from .batches import DialogueDataset, LengthGroupedOrder, PairBatch, collate, make_pairs
 from .csgd import (
     choose_glanced,
@@ -26,30 +26,16 @@ from .csgd import (
     hamming_distance,
     replace_coupled,
 )
-from .errors import TrainingError
 from .evaluation import EvaluationPlan, Tally, evaluate_batch
 from .features import compute_features
 from .fewer_shapes import filled, makes_code_by_shape, widened
-from .losses import DraftHead
 from .resuming import AsIfWhole
 from .row_draws import RowDraws
 from .step_losses import StepLosses
+from .training_head import training_dtype, training_head
 from .training_notes import TrainingNotes
 
 logger = logging.getLogger(__name__)
-
-
-def check_rollout(args: FalconTrainingArguments, config: Any) -> None:
-    """See that a drafter of this config can go on to further passes, if it is to.
-
-    Raises:
-        TrainingError: if it cannot.
-    """
-    if args.rollout_passes > 1 and config.fusion == "lstm":
-        raise TrainingError(
-            "A rollout would have to carry the LSTM's states from pass to pass: train with rollout_passes=1, or "
-            "with fusion 'linear' or 'lstm_stateless'."
-        )
 
 
 class FalconTrainer(Trainer):
@@ -95,13 +81,9 @@ class FalconTrainer(Trainer):
         self._target_is_placed = getattr(target, "hf_device_map", None) is not None  # accelerate's, where it has put it
         if not self._target_is_placed:
             target.get_input_embeddings().to(device)
-        reduced = args.bf16 or args.fp16
-        self._dtype: torch.dtype = (
-            (torch.bfloat16 if args.bf16 else torch.float16) if reduced else next(drafter.parameters()).dtype
-        )
+        self._dtype = training_dtype(drafter, args)
         self._fewer_shapes = makes_code_by_shape(device, self._dtype)
-        head = drafter.draft_head(head_weight(target)).to(device, self._dtype).contiguous()
-        self._head = DraftHead(head, drafter.config.logit_scale, drafter.config.logit_softcap)
+        self._head = training_head(drafter, target, args)
         places = torch.arange(drafter.config.vocab_size)
         if drafter.draft_vocab_ids is not None:
             places = torch.full((drafter.config.vocab_size,), -1)
@@ -191,16 +173,17 @@ class FalconTrainer(Trainer):
         first = (micro * max(1, args.world_size) + args.process_index) * args.train_batch_size
         return list(range(first, first + rows))
 
-    def _rows_together(self) -> int:
-        """Rows of all processes in one batch."""
-        return self.args.train_batch_size * max(1, self.args.world_size)
+    def _rows_together(self, rows: int) -> int:
+        """Rows of all processes in a batch of which this process has ``rows``."""
+        processes = max(1, self.args.world_size)
+        return rows if processes == 1 else self.args.train_batch_size * processes  # where all batches are full
 
     def _rolled_first(self, places: list[int], progress: float) -> tuple[list[int], int]:
         """The rows in an order that begins with those that go on to further passes, and how many those are.
 
         They are spread evenly over the global batch, whatever process they are on; one of it at least.
         """
-        args, together = self.args, self._rows_together()
+        args, together = self.args, self._rows_together(len(places))
         if args.rollout_passes < 2 or progress < args.rollout_start or args.rollout_share <= 0:
             return list(range(len(places))), 0
         share = max(args.rollout_share, 1 / together)
@@ -227,7 +210,7 @@ class FalconTrainer(Trainer):
         rows, columns = pairs.tokens.shape
         share = max(1, round(1 / args.first_pass_share))
         # At least one row of the global batch in every step: without, there is no error rate.
-        stride = min(share, self._rows_together())
+        stride = min(share, self._rows_together(rows))
         asked = [row for row, place in enumerate(places) if (place + self.state.global_step) % stride == 0]
         counts = bool(asked)
         asked = asked or [0]  # not counted; DDP wants a forward of every process

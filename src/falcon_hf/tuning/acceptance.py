@@ -2,7 +2,7 @@
 
 Depths count from 1; depth d is position ((d - 1) mod k) + 1 of pass (d - 1) // k. A *rank record* holds, for every
 position of the target's greedy texts, at which rank each of the next D tokens stood in the drafter's laws when those
-were drafted along the text itself (see ``calibration.py``). From it come
+were drafted along the text itself (see ``rank_measurement.py``). From it come
 
 * the *rates* p_d(r | c): the chance that the child of rank r at depth d is the target's token given that its parent was
   accepted and had rank class c. Inside a block the laws do not depend on the parent, but whether the parent was a

@@ -25,7 +25,6 @@ from .whole_calls import generate_with
 
 logger = logging.getLogger(__name__)
 
-SWEEP_PASSES = (1, 2, 3, 4)
 SWEEP_NODES = (8, 16, 24, 32, 48, 64)
 
 
@@ -92,18 +91,17 @@ def spread_settings(options: Sequence[Option], count: int, max_passes: int, max_
         deepest = min(max_passes * k, option.model.depth)
         found.append(predict(option, TreeShape.paper(k).truncate(deepest), "paper"))
         found += [predict(option, chain(length), "chain") for length in (k, deepest) if length < max_nodes]
-    sizes = [size for size in SWEEP_NODES if size <= max_nodes] or [max_nodes]
-    cells = [grid(option, range(1, max_passes + 1), sizes) for option in options]
-    spread = [prediction for one in cells for prediction in one]
+    spread = sweep_settings(options, max_passes, max_nodes)
     step = max(len(spread) / max(count - len(found), 1), 1.0)
     found += [spread[int(index * step)] for index in range(int(len(spread) / step))]
     unique = {(prediction.drafter, prediction.shape): prediction for prediction in found + ranked}
     return list(unique.values())[:count]
 
 
-def sweep_settings(options: Sequence[Option], passes: Sequence[int], nodes: Sequence[int]) -> list[Prediction]:
-    """The best tree for each drafter (k), number of passes m and of nodes N."""
-    return [prediction for option in options for prediction in grid(option, passes, nodes)]
+def sweep_settings(options: Sequence[Option], max_passes: int, max_nodes: int) -> list[Prediction]:
+    """The best tree for each drafter (k), number of passes m, and N of ``SWEEP_NODES`` within the limit (or that)."""
+    sizes = [size for size in SWEEP_NODES if size <= max_nodes] or [max_nodes]
+    return [one for option in options for one in grid(option, range(1, max_passes + 1), sizes)]
 
 
 def measure(

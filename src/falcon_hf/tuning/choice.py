@@ -2,8 +2,9 @@
 
     rate = E / (t_draft(widths of the passes) + t_verify(N) + t_rest(E))
 
-E is the expected number of tokens of a round, the target's own included. Costs come from measurement (``costs.py``) or
-from a roofline (``roofline.py``); E from a replay of recorded ranks, or from an acceptance model where there is none.
+E is the expected number of tokens of a round, the target's own included. Costs come from measurement
+(``calibration.py``) or from a roofline (``roofline.py``); E from a replay of recorded ranks, or from an acceptance
+model where there is none.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ..runtime.configuration_falcon_drafter import FalconDrafterConfig
 from ..runtime.modeling_falcon_drafter import FalconDrafter
 from .cost_measurement import DRAFT_WIDTHS, plain_decoding, time_drafts, time_verification
+from .errors import TuningError
 from .rank_measurement import greedy_text
 from .roofline import TargetShape
 
@@ -65,8 +66,10 @@ def measure_curves(
     Random weights are drawn from the global generator, which is put back.
 
     Raises:
-        TuningError: as the measurements.
+        TuningError: on a context of no tokens; as the measurements.
     """
+    if min(contexts) < 1:
+        raise TuningError(f"A context has at least one token, got {min(contexts)}.")
     devices = [device] if device.type != "cpu" else []
     with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
         torch.manual_seed(0)

@@ -119,8 +119,19 @@ def time_drafts(
 ) -> tuple[tuple[DraftTime, ...], float]:
     """Time ``FalconCandidateGenerator.draft`` for numbers of passes and widths, and one ``append`` of two pairs.
 
+    Args:
+        target: gives embeddings and head.
+        drafter: the drafter.
+        text: behind which is drafted.
+        passes: m at most.
+        widths: n, boundary nodes that each pass but the first continues.
+        repeats: calls of each; their median counts.
+
     Returns:
         The draft times, and the seconds of ``append``.
+
+    Raises:
+        TuningError: if the draft vocabulary is too small.
     """
     k = drafter.config.block_size
     most = drafter.config.draft_vocab_size or drafter.config.vocab_size
