@@ -279,3 +279,11 @@ def test_showing_text_is_left_out_of_the_times(repos: Path, monkeypatch: pytest.
         assert result.seconds == 0.0
     assert result.statistics is not None
     assert result.statistics.total_seconds == 0.0
+
+
+def test_generate_trace(run: Run, repos: Path) -> None:
+    given = ("generate", "--target", repos / "target", "--drafter", repos / "drafter", "--max-new-tokens", 8, "Hello")
+    result = run(*given, "--trace")
+    assert result.exit_code == 0, result.output
+    assert "accepted draft, rejected draft, the target's own token" in result.stdout
+    assert_refused(run(*given, "--trace", "--json"), "--trace")

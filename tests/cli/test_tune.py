@@ -386,11 +386,3 @@ def test_the_help_names_gpus_that_there_are(run: Run) -> None:
     text = " ".join(run("tune", "--help").stdout.split())
     (named,) = re.findall(r"--gpu \S+ --simulate: ([^;]*), \.\.\.; see docs/tuning.md", text)
     assert [gpu_named(name).name for name in named.split(", ")] == ["a100-80gb", "h100-sxm"]
-
-
-def test_generate_trace(run: Run, repos: Path) -> None:
-    given = ("generate", "--target", repos / "target", "--drafter", repos / "drafter", "--max-new-tokens", 8, "Hello")
-    result = run(*given, "--trace")
-    assert result.exit_code == 0, result.output
-    assert "accepted draft, rejected draft, the target's own token" in result.stdout
-    assert_refused(run(*given, "--trace", "--json"), "--trace")
