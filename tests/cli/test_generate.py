@@ -198,6 +198,15 @@ def test_a_repo_the_hub_does_not_give_comes_from_the_cache(tmp_path: Path, monke
     assert find_repo("org/absent") is None
 
 
+@pytest.mark.usefixtures("no_hub")
+def test_a_target_from_the_cache_keeps_its_name(repos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafters, cards and results name it: no path of this machine's."""
+    cached = str(repos / "target" / "config.json")
+    monkeypatch.setattr("falcon_hf.cli.loading.try_to_load_from_cache", lambda name, _: cached)
+    assert load_target("org/cached")[0].config._name_or_path == "org/cached"
+    assert load_target(str(repos / "target"))[0].config._name_or_path == str(repos / "target")
+
+
 def test_a_folder_without_a_model_is_one_line(generate: Generate, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert_refused(generate(PROMPT, target=tmp_path / "empty"), "Cannot load the target", "empty")

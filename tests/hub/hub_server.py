@@ -164,9 +164,10 @@ class Handler(BaseHTTPRequestHandler):
     def validate_yaml(self) -> None:
         text = json.loads(self.body)["content"]
         front = re.match(r"---\n(.*?)\n---", text, flags=re.DOTALL)
-        self.send(
-            {"errors": [], "warnings": [] if front and yaml.safe_load(front[1]) else [{"message": "no metadata"}]}
-        )
+        fields = yaml.safe_load(front[1]) if front else {}
+        refused = [{"message": "license refused is unknown"}] if fields.get("license") == "refused" else []
+        warnings = [] if fields else [{"message": "no metadata"}]
+        self.send({"errors": refused, "warnings": warnings}, 400 if refused else 200)
 
     def preupload(self, repo: str, revision: str) -> None:
         self.need_token()

@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 
-from falcon_hf import FalconDrafterConfig
+from falcon_hf import FalconDrafter, FalconDrafterConfig
 from falcon_hf.bench.draft_trees import describe_tree
 from falcon_hf.cli.publish import render_results
 from falcon_hf.hub.cards import CardSource, build_card, read_recipe, result_files
@@ -176,7 +178,45 @@ def test_a_recipe_as_training_writes_it():
 def test_a_target_in_a_folder_is_no_base_model():
     source = small_source()
     source.config.target_name_or_path = "/data/my-target"
-    assert ModelCard(build_card(source)).data.base_model is None
+    card = ModelCard(build_card(source))
+    assert card.data.base_model is None
+    assert "A drafter that makes `/data/my-target` generate faster" in card.content
+
+
+def test_figures_of_other_weights_are_not_this_drafters(tmp_path):
+    """A run may hold other drafters' rows beside this one's; and weights that were trained on have no figures yet."""
+    result = json.loads((FOLDERS[0] / "benchmarks" / "gsm8k-float32-greedy.json").read_text())
+    methods = result["settings"]["methods"]
+    methods["k1"] = methods["falcon"] | {"weights_sha256": "cd" * 32}
+    result["summary"]["k1"] = result["summary"]["falcon"]
+    for weights, labels in ((methods["falcon"]["weights_sha256"], [""]), ("cd" * 32, [", k1"]), ("ef" * 32, [])):
+        entries = ModelCard(build_card(small_source(results=[result], weights_sha256=weights))).data.eval_results or []
+        assert {entry.dataset_config for entry in entries} == {f"float32, greedy{label}" for label in labels}
+    folder = tmp_path / "drafter"
+    shutil.copytree(FOLDERS[0], folder)
+    prepare(folder, render_results)
+    drafter = FalconDrafter.from_pretrained(folder, dtype="auto")
+    with torch.no_grad():
+        drafter.fusion.linear.weight.mul_(1.5)
+    drafter.save_pretrained(folder)
+    with pytest.raises(HubError, match=r"has no figures of these weights: measure anew"):
+        prepare(folder, render_results)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ({"run": None}, "'run' must be a JSON object, got None"),
+        ({"data": [1]}, "'data' must be a JSON object"),
+        ({"card": {"limits": "English only."}}, "'limits' must be a list, got 'English only.'"),
+        ({"card": {"training": "A paragraph."}}, "'training' must be a list"),
+        ({"card": {"results": None}}, "'results' must be a list"),
+    ],
+)
+def test_entries_of_another_kind_are_told(tmp_path, recipe, words):
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    with pytest.raises(HubError, match=words):
+        read_recipe(tmp_path)
 
 
 def test_results_of_several_machines_are_told_apart():
@@ -184,7 +224,9 @@ def test_results_of_several_machines_are_told_apart():
     result = json.loads((FOLDERS[0] / "benchmarks" / "gsm8k-float32-greedy.json").read_text())
     other = copy.deepcopy(result)
     other["settings"]["machine"]["device"] = "NVIDIA H200"
-    entries = ModelCard(build_card(small_source(results=[result, other]))).data.eval_results
+    weights = result["settings"]["methods"]["falcon"]["weights_sha256"]
+    source = small_source(results=[result, other], weights_sha256=weights)
+    entries = ModelCard(build_card(source)).data.eval_results
     hardware = {entry.dataset_config: entry.dataset_args["hardware"] for entry in entries}
     assert len(entries) == len({(entry.dataset_config, entry.metric_type) for entry in entries})
     assert "H200" in hardware["float32, greedy (2)"]

@@ -59,10 +59,19 @@ class TestConvert:
         theirs = write(tmp_path / "theirs", settings(2), weights("lstm"))
         out = tmp_path / "ours"
         one_line(command("convert", tmp_path / "theirs", out, "--target", "a/b", "--dtype", "int8"), "--dtype must be")
+        result = command("convert", theirs, "/proc/drafter", "--target", "a/b")  # where nobody can write
+        assert result.exit_code == 2
+        assert result.stderr.splitlines()[-1].startswith("error: Cannot write the drafter to /proc/drafter: ")
         (theirs / "pytorch_model.bin").write_bytes(pickle.dumps(sys.exit))
         one_line(command("convert", theirs, out, "--target", "a/b"), "Nothing of it was run")
         one_line(command("convert", tmp_path / "absent.", out, "--target", "a/b"), "neither a folder nor a Hub repo")
         assert not out.exists()
+
+
+def without_code_classes(folder):
+    settings = json.loads((folder / "config.json").read_text())
+    del settings["auto_map"]
+    (folder / "config.json").write_text(json.dumps(settings))
 
 
 class TestPublish:
@@ -89,7 +98,15 @@ class TestPublish:
         ("damage", "words"),
         [
             (lambda folder: (folder / "tree.py").write_text("x = 1\n"), "not the code its weights were saved with"),
-            (lambda folder: (folder / "custom_generate" / "generate.py").unlink(), "lacks custom_generate/generate.py"),
+            (lambda folder: (folder / "custom_generate" / "generate.py").unlink(), "is no whole Hub repo"),
+            (
+                lambda folder: (folder / "custom_generate" / "generate.py").write_text("x = 1\n"),
+                "generate.py is not the remote_generate.py that was saved with it",
+            ),
+            (lambda folder: (folder / "custom_generate" / "requirements.txt").unlink(), "lacks custom_generate/requi"),
+            (lambda folder: (folder / "modeling_falcon_drafter.py").unlink(), "lacks modeling_falcon_drafter.py"),
+            (without_code_classes, "auto_map in config.json names none"),
+            (lambda folder: (folder / "README.md").write_bytes(b"\xff\xfe"), "README.md cannot be updated: not text"),
             (lambda folder: (folder / "model.safetensors").unlink(), "no weights"),
             (lambda folder: (folder / "recipe.json").write_text("{"), "recipe.json is not JSON"),
         ],
@@ -117,6 +134,10 @@ class TestPublish:
                 arguments = ["publish", sys.argv[1], "some-org/a-drafter"]
                 result = CliRunner().invoke(app, arguments, env={"HF_TOKEN": "hf_bad"})
                 print(result.exit_code, result.stderr.strip().splitlines()[-1])
+                with open(f"{sys.argv[1]}/recipe.json", "w") as file:
+                    file.write('{"card": {"license": "refused"}}')
+                result = CliRunner().invoke(app, arguments)
+                print(result.exit_code, result.stderr.strip().splitlines()[-1])
             """
             lines = run_isolated(script, tmp_path, drafter, block=False, **online).splitlines()
             repo = hub.repos["some-org/a-drafter"]
@@ -124,7 +145,10 @@ class TestPublish:
             assert lines[0].startswith(f"{hub.endpoint}/some-org/a-drafter/commit/")
             assert lines[2] == f"{hub.endpoint}/some-org/a-drafter/discussions/1"
             assert lines[3].startswith("2 error: The Hub refused the upload to 'some-org/a-drafter' (401): log in")
+            assert lines[4].startswith("2 error: The Hub refused the card:")
+            assert "license refused is unknown" in lines[4]
+            assert lines[4].endswith("Correct recipe.json's entry 'card'.")
             files = repo.commits[repo.branches["main"]]
             for path in drafter.rglob("*"):
-                if path.is_file() and "__pycache__" not in path.parts:
+                if path.is_file() and "__pycache__" not in path.parts and path.name not in ("README.md", "recipe.json"):
                     assert files[str(path.relative_to(drafter))] == path.read_bytes()

@@ -186,6 +186,8 @@ class TestRefusals:
         whole = (tmp_path / "pytorch_model.bin").read_bytes()
         (tmp_path / "pytorch_model.bin").write_bytes(whole[: len(whole) // 2])
         self.refused(tmp_path, "truncated or damaged")
+        (tmp_path / "pytorch_model.bin").write_text("version https://git-lfs.github.com/spec/v1\n")
+        self.refused(tmp_path, "is no checkpoint.*Git LFS pointer")
         torch.save([1], tmp_path / "pytorch_model.bin")
         self.refused(tmp_path, "no dictionary of tensors")
         (tmp_path / "pytorch_model.bin").unlink()

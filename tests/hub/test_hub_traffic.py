@@ -24,7 +24,7 @@ PUSH = """
         for weight in drafter.parameters():
             weight.mul_(0.5)
     urls.append(drafter.push_to_hub(repo, max_shard_size="60KB"))
-    urls.append(drafter.push_to_hub(repo, revision="experiments/one"))
+    urls.append(drafter.push_to_hub(repo, revision="experiments/one", tags=["b-tag"]))
     urls.append(drafter.push_to_hub(repo, create_pr=True))
     drafter.save_pretrained("named-by-folder", push_to_hub=True, repo_id=repo + "-2", private=True)
     print(json.dumps(urls))
@@ -142,6 +142,8 @@ def test_push_pull_by_revision_and_offline(hub, folders):
     assert "model.safetensors.index.json" in repo.commits[second], "sharded"
     assert repo.commits[first]["README.md"] == repo.commits[second]["README.md"], "a card that is there is kept"
     assert b"\n- a-tag\n" in repo.commits[first]["README.md"]
+    tagged = repo.commits[branch]["README.md"]
+    assert {"- a-tag", "- b-tag"} <= set(tagged.decode().splitlines()), "but for tags"
     assert "model.safetensors" in hub.repos[f"{REPO}-2"].commits[hub.repos[f"{REPO}-2"].branches["main"]]
     assert ("POST", f"/{REPO}.git/info/lfs/objects/batch") in hub.calls
 

@@ -186,6 +186,13 @@ def test_sampled_answers_repeat_with_the_seed(target: Any, tmp_path: Path) -> No
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_what_saves_the_dataset_is_missed_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    distillation.need_datasets()  # the control
+    monkeypatch.setattr(distillation.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DistillationError, match=r"pip install 'falcon_hf\[train\]'"):
+        distillation.need_datasets()
+
+
 def test_damaged_lines_and_empty_folders_are_told(tmp_path: Path) -> None:
     (tmp_path / "dialogues.jsonl").write_text('{"n": 1}\nrubbish\n')
     with pytest.raises(DistillationError, match="line 2"):

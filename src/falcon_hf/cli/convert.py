@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from safetensors import SafetensorError
 
 from ..hub.convert import convert as read_checkpoint
 from ..hub.errors import HubError
@@ -51,6 +52,8 @@ def convert(
             drafter.save_pretrained(output)
     except HubError as error:
         fail(str(error))
+    except (OSError, SafetensorError) as error:
+        fail(f"Cannot write the drafter to {output}: {' '.join(str(error).split())}")
     finally:
         log.removeHandler(handler)
     config = drafter.config

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..bench.errors import BenchError
 from ..bench.question_sets import find_questions
 from ..bench.questions import read_lines
-from ..training.distillation import DistillationSettings, distil, save_dataset
+from ..training.distillation import DistillationSettings, distil, need_datasets, save_dataset
 from ..training.errors import DistillationError
 from .console import (
     AUTO,
@@ -93,6 +93,7 @@ def distill(
             feature_layers=None if feature_layers is None else parse_numbers(feature_layers, "--feature-layers"),
             seed=seed,
         )
+        need_datasets()
         where = parse_device(device)
         parsed = parse_dtype(dtype, where)
         set_threads(threads)

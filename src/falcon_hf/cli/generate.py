@@ -113,7 +113,10 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
         return prompt
     if prompt is None and sys.stdin.isatty():
         fail("Give a prompt, --file FILE, or - to read standard input.")
-    return sys.stdin.read()
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        fail(f"Cannot read the prompt from standard input: {error}")
 
 
 def _write(text: str) -> None:

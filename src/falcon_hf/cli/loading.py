@@ -73,6 +73,8 @@ def load_target(
             found = require_repo(name, "target")
             target = AutoModelForCausalLM.from_pretrained(found, dtype=dtype or "auto")
             tokenizer = AutoTokenizer.from_pretrained(found)
+            if not Path(name).expanduser().is_dir():
+                target.config._name_or_path = name  # not the cached copy's folder: drafters and results name it
         return target.to(device or torch.device("cpu")).eval(), tokenizer
     except typer.Exit:
         raise  # which is a RuntimeError

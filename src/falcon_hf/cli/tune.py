@@ -10,11 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from ..bench.errors import BenchError
-from ..bench.methods.falcon import weights_sha256
 from ..bench.provenance import describe_target, machine, versions
 from ..bench.question_sets import NAMES
 from ..bench.result_file import first_setting_that_differs
-from ..drafter_loading import DrafterError, drafter_folder
+from ..drafter_loading import DrafterError, drafter_folder, weights_sha256
 from ..runtime.half_precision import has_dear_rows
 from ..tuning.calibrate import CalibrationPlan, NamedDrafter, calibrate
 from ..tuning.calibration import Calibration

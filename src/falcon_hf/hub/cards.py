@@ -21,7 +21,7 @@ from ..processor_name import processor_name
 from ..runtime.configuration_falcon_drafter import FalconDrafterConfig
 from ..runtime.dynamic_tree import DynamicTree
 from ..runtime.machine_trees import MachineTrees
-from ..runtime.repo_card import USE, card_fields, describe
+from ..runtime.repo_card import USE, card_fields, describe, is_repo_id
 from .errors import HubError
 
 RECIPE = "recipe.json"
@@ -79,6 +79,7 @@ class CardSource:
         bytes_per_weight: 2 for 16 bits, 4 for 32.
         recipe: content of ``recipe.json``; empty where there is none.
         results: contents of the result files, in the order of the tables.
+        weights_sha256: of the drafter's weights; methods of other weights are no figures of this drafter.
     """
 
     name: str
@@ -87,13 +88,14 @@ class CardSource:
     bytes_per_weight: int
     recipe: dict[str, Any] = field(default_factory=dict)
     results: Sequence[dict[str, Any]] = ()
+    weights_sha256: str = ""
 
 
 def read_recipe(folder: Path) -> dict[str, Any]:
     """The recipe in a drafter's folder; empty if there is none.
 
     Raises:
-        HubError: if it is no JSON object.
+        HubError: if it is no JSON object, or an entry that the card shows is of another kind.
     """
     path = folder / RECIPE
     if not path.is_file():
@@ -104,6 +106,12 @@ def read_recipe(folder: Path) -> dict[str, Any]:
         raise HubError(f"{path} is not JSON: {error}.") from error
     if not isinstance(recipe, dict) or not isinstance(recipe.get("card", {}), dict):
         raise HubError(f"{path} is not a recipe: it, and its entry 'card', are JSON objects.")
+    for name in ("data", "run", "target", "made_with", "arguments"):
+        if not isinstance(recipe.get(name, {}), dict):
+            raise HubError(f"{path}: its entry {name!r} must be a JSON object, got {recipe[name]!r:.60}.")
+    for name in ("training", "limits", "results"):
+        if not isinstance(recipe.get("card", {}).get(name, []), list):
+            raise HubError(f"{path}: its card's entry {name!r} must be a list, got {recipe['card'][name]!r:.60}.")
     return recipe
 
 
@@ -157,14 +165,20 @@ def _card_data(source: CardSource) -> ModelCardData:
     for name in ("license", "language", "datasets"):
         if about.get(name):
             fields[name] = about[name]
-    evaluations = _told_apart([entry for result in source.results for entry in _evaluations(result)])
+    own = [entry for result in source.results for entry in _evaluations(result, source.weights_sha256)]
+    evaluations = _told_apart(own)
     if evaluations:
         fields |= {"model_name": source.name, "eval_results": evaluations}
     return ModelCardData(**fields)
 
 
-def _evaluations(result: dict[str, Any]) -> list[EvalResult]:
-    """Speed, tau and alpha of each method with a drafter, with what they were measured on."""
+def is_measured(result: dict[str, Any], weights: str) -> bool:
+    """Whether a result has figures of the drafter with these weights, given by their SHA-256."""
+    return any(method.get("weights_sha256") == weights for method in result["settings"]["methods"].values())
+
+
+def _evaluations(result: dict[str, Any], weights: str) -> list[EvalResult]:
+    """Speed, tau and alpha of each method with this drafter, with what they were measured on."""
     settings = result["settings"]
     stem = Path(settings["questions"]["file"]).stem
     batch = settings.get("batch_size", 1)
@@ -178,7 +192,7 @@ def _evaluations(result: dict[str, Any]) -> list[EvalResult]:
     config = f"{how['dtype']}, {_decoding(settings['options'])}" + (f", batches of {batch}" if batch > 1 else "")
     found = []
     for label, method in settings["methods"].items():
-        if "weights_sha256" not in method or label not in result["summary"]:
+        if method.get("weights_sha256") != weights or label not in result["summary"]:
             continue
         figures = result["summary"][label]
         own = config if label == "falcon" else f"{config}, {label}"
@@ -228,7 +242,7 @@ def _decoding(options: dict[str, Any]) -> str:
 
 
 def _summary(source: CardSource, target: str) -> str:
-    link = f"[{target.rsplit('/', 1)[-1]}](https://huggingface.co/{target})" if "/" in target else target
+    link = f"[{target.rsplit('/', 1)[-1]}](https://huggingface.co/{target})" if is_repo_id(target) else f"`{target}`"
     return (
         f"A drafter that makes {link} generate faster without changing what it says: Falcon speculative decoding "
         "([arXiv 2412.12639](https://arxiv.org/abs/2412.12639)).\n"

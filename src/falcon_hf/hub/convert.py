@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 Weights = dict[str, torch.Tensor]
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+_CHECKPOINT_STARTS = (b"PK", b"\x80")  # a zip of torch's, or the pickle of earlier ones
 # Their names on the left; "{i}" is the layer.
 _LAYER_NAMES = {
     "self_attn.q_proj": "attention.q_proj",
@@ -247,6 +248,11 @@ def _read_weights(source: str | Path, revision: str | None) -> Weights:
         if path.suffix == ".safetensors":
             loaded: Any = load_file(path)
         else:
+            with path.open("rb") as file:
+                if not file.read(2).startswith(_CHECKPOINT_STARTS):
+                    raise HubError(
+                        f"{path.name} is no checkpoint (a Git LFS pointer, or a web page?): fetch the weights."
+                    )
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise HubError(

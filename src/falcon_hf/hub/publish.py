@@ -11,12 +11,13 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
-from ..drafter_loading import DrafterError, load_drafter
+from ..drafter_loading import DrafterError, check_repo_code, load_drafter, weights_sha256
 from ..runtime.modeling_falcon_drafter import FalconDrafter
 from ..runtime.repo_card import first_card
 from ..runtime.repo_files import CUSTOM_GENERATE, CodeStampWarning
 from ..runtime.repo_upload import upload_repo
-from .cards import MARK, CardSource, build_card, read_recipe, result_files
+from ..whole_files import write_whole
+from .cards import MARK, CardSource, build_card, is_measured, read_recipe, result_files
 from .errors import HubError
 
 Render = Callable[[Sequence[Path]], tuple[list[dict[str, Any]], str]]
@@ -37,11 +38,15 @@ def prepare(folder: Path, render: Render, check: bool = False, overwrite: bool =
 
     Raises:
         HubError: if the drafter cannot be loaded, its code is not what it was saved with, files that the Hub needs are
-            absent, or its card was written by hand.
+            absent, a result is of other weights, or its card was written by hand or cannot be read or written.
     """
     drafter = _checked(folder)
-    recipe = read_recipe(folder)
-    results, tables = render(result_files(folder, recipe))
+    recipe, weights = read_recipe(folder), weights_sha256(folder)
+    files = result_files(folder, recipe)
+    results, tables = render(files)
+    for file, result in zip(files, results, strict=True):
+        if not is_measured(result, weights):
+            raise HubError(f"{file} has no figures of these weights: measure anew, or take the file away.")
     text = build_card(
         CardSource(
             name=folder.resolve().name,
@@ -50,18 +55,22 @@ def prepare(folder: Path, render: Render, check: bool = False, overwrite: bool =
             bytes_per_weight=drafter.dtype.itemsize,
             recipe=recipe,
             results=results,
+            weights_sha256=weights,
         ),
         tables,
     )
     path = folder / "README.md"
-    old = path.read_text(encoding="utf-8") if path.is_file() else ""
-    if text != old and not check:
-        if old and MARK not in old and old != first_card(drafter.config) and not overwrite:
-            raise HubError(
-                f"{path} was written by hand. Move what it says into recipe.json (entry 'card') and take it away, or "
-                "replace it with --overwrite-card."
-            )
-        path.write_text(text, encoding="utf-8")
+    try:
+        old = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if text != old and not check:
+            if old and MARK not in old and old != first_card(drafter.config) and not overwrite:
+                raise HubError(
+                    f"{path} was written by hand. Move what it says into recipe.json (entry 'card') and take it away, "
+                    "or replace it with --overwrite-card."
+                )
+            write_whole(path, text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise HubError(f"{path} cannot be updated: {getattr(error, 'strerror', None) or 'not text'}.") from error
     return text != old
 
 
@@ -91,12 +100,15 @@ def publish(folder: Path, repo_id: str, **options: Any) -> str:
         return upload_repo(folder, repo_id, **options)
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
-        remedy = "log in with `hf auth login` or set HF_TOKEN, and ask for write access" if status in (401, 403) else ""
-        raise HubError(
-            f"The Hub refused the upload to {repo_id!r} ({status}){': ' + remedy if remedy else ''}."
-        ) from error
+        why = "log in with `hf auth login` or set HF_TOKEN, and ask for write access"
+        if status not in (401, 403):
+            why = " ".join((error.server_message or "").split())
+        raise HubError(f"The Hub refused the upload to {repo_id!r} ({status}){': ' + why if why else ''}.") from error
     except (HTTPError, OSError) as error:
         raise HubError(f"The Hub cannot be reached ({type(error).__name__}): try again where it can be.") from error
+    except ValueError as error:  # what the client makes of a card that the Hub does not take
+        reason = " ".join(str(error).split())
+        raise HubError(f"The Hub refused the card: {reason} Correct recipe.json's entry 'card'.") from error
 
 
 def _checked(folder: Path) -> FalconDrafter:
@@ -104,13 +116,14 @@ def _checked(folder: Path) -> FalconDrafter:
         with warnings.catch_warnings():
             warnings.simplefilter("error", CodeStampWarning)
             drafter = load_drafter(folder)
+            check_repo_code(folder)
     except DrafterError as error:
         raise HubError(str(error)) from error
     except CodeStampWarning as error:
         raise HubError(str(error)) from error
-    for name in (f"{CUSTOM_GENERATE}/generate.py", f"{CUSTOM_GENERATE}/requirements.txt"):
-        if not (folder / name).is_file():
-            raise HubError(f"{folder} lacks {name}: load the drafter and save it again with save_pretrained.")
+    if not (folder / CUSTOM_GENERATE / "requirements.txt").is_file():
+        lacking = f"{CUSTOM_GENERATE}/requirements.txt"
+        raise HubError(f"{folder} lacks {lacking}: load the drafter and save it again with save_pretrained.")
     if drafter.config.code_stamp is None:
         raise HubError(f"{folder} has no code stamp: load the drafter and save it again with save_pretrained.")
     if drafter.dtype not in (torch.float32, torch.bfloat16, torch.float16):

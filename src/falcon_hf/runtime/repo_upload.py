@@ -56,10 +56,13 @@ def upload_repo(
     if revision is not None and not create_pr:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     ignored = list(_IGNORED)
-    if keep_card and api.file_exists(repo_id, "README.md", revision=None if create_pr else revision):
+    branch = None if create_pr else revision
+    kept = keep_card and api.file_exists(repo_id, "README.md", revision=branch)
+    if kept and not tags:
         ignored.append("README.md")
     elif tags:
-        card = ModelCard.load(folder / "README.md")
+        own = api.hf_hub_download(repo_id, "README.md", revision=branch) if kept else folder / "README.md"
+        card = ModelCard.load(own)
         card.data.tags = [*(card.data.tags or []), *(tag for tag in tags if tag not in (card.data.tags or []))]
         card.save(folder / "README.md")
     commit = api.upload_folder(

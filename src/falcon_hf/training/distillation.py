@@ -8,6 +8,7 @@ data; and, from [`save_dataset`], the same as a ``datasets`` dataset with ``inpu
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import logging
 import os
@@ -319,6 +320,16 @@ def _digest(turns: list[str]) -> dict[str, Any]:
 def _comparable(recipe: dict[str, Any]) -> dict[str, Any]:
     settings = {key: value for key, value in recipe["settings"].items() if key not in {"dialogues", "batch_size"}}
     return settings | {key: recipe[key] for key in ("target", "target_fingerprint", "target_dtype")}
+
+
+def need_datasets() -> None:
+    """See that a run could save its dataset at the end.
+
+    Raises:
+        DistillationError: naming what to install.
+    """
+    if importlib.util.find_spec("datasets") is None:
+        raise DistillationError("Distillation saves a dataset: pip install 'falcon_hf[train]'.")
 
 
 def save_dataset(output: Path) -> tuple[int, int]:

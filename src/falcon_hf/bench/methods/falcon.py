@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-from ...drafter_loading import DrafterError, drafter_folder, load_drafter
+from ...drafter_loading import DrafterError, drafter_folder, load_drafter, weights_sha256
 from ...runtime.candidate_generator import drafter_tree
 from ...runtime.configuration_falcon_drafter import FalconDrafterConfig
 from ...runtime.half_precision import drafting_dtype
@@ -126,16 +125,6 @@ def _shown(source: str) -> str:
     """A drafter's name for results: a folder below the current one without the way to it."""
     path, here = Path(source).absolute(), Path.cwd()
     return str(path.relative_to(here)) if path.is_dir() and path.is_relative_to(here) else source
-
-
-def weights_sha256(folder: Path) -> str:
-    """SHA-256 of a folder's safetensors; of several files, read one after the other in the order of their names."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _value(text: str) -> Any:
