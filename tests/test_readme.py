@@ -34,11 +34,6 @@ MEASUREMENTS = ROOT / "docs" / "measurements"
 COMPARED = (
     "all-mt-bench-bfloat16-greedy",
     "all-gsm8k-bfloat16-greedy",
-    "all-mt-bench-float32-greedy",
-    "all-gsm8k-float32-greedy",
-    "all-humaneval-float32-greedy",
-    "repetitive-float32-greedy",
-    "random-weights-float32-greedy",
 )
 
 # Those of docs/avx2.md: the drafter before the shipped one, on another machine.
@@ -49,6 +44,11 @@ EARLIER = (
     "earlier-mt-bench-bfloat16-greedy",
     "earlier-mt-bench-float32-batch4",
     "earlier-mt-bench-float32-batch8",
+    "earlier-all-mt-bench-float32-greedy",
+    "earlier-all-gsm8k-float32-greedy",
+    "earlier-all-humaneval-float32-greedy",
+    "earlier-repetitive-float32-greedy",
+    "earlier-random-weights-float32-greedy",
 )
 
 

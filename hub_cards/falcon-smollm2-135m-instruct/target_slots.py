@@ -41,9 +41,12 @@ class CachedSlots:
         positions: torch.Tensor | None,
         device: torch.device,
     ) -> CachedSlots:
-        """From the ``[B or 1, L]`` attention mask and position ids that the user gave, if any."""
+        """From the ``[B or 1, L]`` attention mask and the position ids that the user gave, if any.
+
+        Of the positions the last counts: behind a cache they may be the new tokens' alone.
+        """
         valid = torch.ones(1, length, dtype=torch.bool, device=device) if mask is None else mask.to(device).bool()
-        if positions is None or positions.shape[-1] != length:
+        if positions is None:
             positions = (valid.long().cumsum(-1) - 1).clamp_min(0)
         return cls(valid[:, -length:].expand(rows, -1), positions[:, -1:].to(device).expand(rows, -1) + 1)
 

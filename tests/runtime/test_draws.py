@@ -37,6 +37,22 @@ def test_any_order_gives_plain_decodings_tokens_and_state(order):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_states_that_no_row_will_ask_for_are_forgotten(tiny_target, tiny_drafter, monkeypatch):
+    """However long the text, those between its slowest open row and its longest are kept."""
+    target, kept, forget = tiny_target(VOCAB), [], Draws.forget_before
+
+    def noted(self, step):
+        forget(self, step)
+        kept.append((step, self._last, sorted(self._states)))
+
+    monkeypatch.setattr(Draws, "forget_before", noted)
+    drafter = tiny_drafter(target, tree=bushy_tree(VOCAB, 3, 12))
+    run(target, 0, batch(), assistant_model=drafter, do_sample=True, max_new_tokens=40, pad_token_id=0)
+    assert kept[-1][1] == 40
+    assert any(slowest < last for slowest, last, _ in kept)  # rows that differ
+    assert all(states == list(range(slowest, last + 1)) for slowest, last, states in kept if slowest)
+
+
 @pytest.mark.parametrize("options", [{"temperature": 0.7, "top_p": 0.9}, {"top_k": 8, "eos_token_id": 5}])
 def test_a_sampled_batch_is_plain_decodings(tiny_target, tiny_drafter, options, monkeypatch):
     target = tiny_target(VOCAB)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from falcon_hf.runtime.target_session import TargetSession, cache_key
 
+from .families import tiny_family
 from .helpers import bushy_tree, cache_error, prompt_ids, returned_cache
 
 VOCAB = 24
+CHUNK = 16
 TREE = bushy_tree(VOCAB, 3, 12)
 SAMPLED = {"do_sample": True, "temperature": 0.8}
 
@@ -49,6 +53,39 @@ def positions_one_late(monkeypatch: pytest.MonkeyPatch) -> None:
         return plain(self, *args)
 
     monkeypatch.setattr(TargetSession, "verify", verify)
+
+
+def test_a_prefill_in_chunks_keeps_windows_alone(tiny_drafter, monkeypatch):
+    """Else a long prompt, cut into chunks because memory is short, would stay whole in every sliding layer."""
+    target, plain, kept = tiny_family("gemma3_text"), DynamicSlidingWindowLayer.update, []
+
+    def update(self, keys, *args, **kwargs):
+        found = plain(self, keys, *args, **kwargs)
+        if keys.shape[-2] == CHUNK:
+            kept.append(self.keys.shape[-2])
+        return found
+
+    monkeypatch.setattr(DynamicSlidingWindowLayer, "update", update)
+    options = {"prefill_chunk_size": CHUNK, "do_sample": False, "max_new_tokens": 12}
+    most = []
+    for drafter in ({}, {"assistant_model": tiny_drafter(target, tree=TREE)}):
+        kept.clear()
+        target.generate(prompt_ids(VOCAB, 6 * CHUNK), **options, **drafter)
+        most.append(max(kept))
+    assert most[0] == most[1] < 6 * CHUNK
+
+
+def test_rows_are_moved_when_an_offloaded_cache_is_back(tiny_target, tiny_drafter, monkeypatch):
+    """The last layer sends for the first one, which is on its way when accepted rows are moved."""
+    target, waited = tiny_target(VOCAB), []
+    stream = SimpleNamespace(wait_stream=waited.append)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    for cache in (DynamicCache(config=target.config), DynamicCache(config=target.config)):
+        drafter = tiny_drafter(target, tree=TREE)
+        target.generate(prompt_ids(VOCAB, 5), assistant_model=drafter, max_new_tokens=20, **{cache_key(target): cache})
+        assert bool(waited) == hasattr(cache, "prefetch_stream")
+        monkeypatch.setattr(DynamicCache, "prefetch_stream", "the stream", raising=False)
+    assert set(waited) == {"the stream"}
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

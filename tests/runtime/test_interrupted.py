@@ -77,6 +77,40 @@ def test_without_undoing_the_cache_holds_drafts(tiny_drafter, monkeypatch):
     assert int(cache.get_seq_length()) > text.shape[1]
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("undone", [True, False])
+def test_an_error_within_a_verification(tiny_drafter, monkeypatch, family, undone):
+    """Out of memory in the second layer: the first has the tree's keys then, and the next call goes by its length."""
+    target = tiny_family(family)
+    drafter = tiny_drafter(target, tree=TREE)
+    options = {"do_sample": False, "max_new_tokens": LENGTH}
+    whole, _ = run(target, 0, prompt_ids(VOCAB, 6), **options)
+    streamer, cache, calls = Leaving(LENGTH), DynamicCache(config=target.config), 0
+
+    def fail(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 4:  # the prefill and two rounds went well
+            raise GoneError
+
+    if not undone:  # the control
+        monkeypatch.setattr(TargetSession, "whole_on_error", contextlib.nullcontext)
+    hook = target.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(GoneError):
+        run(
+            target, 0, prompt_ids(VOCAB, 6), assistant_model=drafter, streamer=streamer, **options,
+            **{cache_key(target): cache},
+        )  # fmt: skip
+    hook.remove()
+    lengths = {int(layer.get_seq_length()) for layer in cache.layers}
+    assert (len(lengths) == 1) == undone
+    if undone:
+        text = torch.tensor([streamer.taken])
+        assert lengths == {text.shape[1] - 1}
+        rest = {"do_sample": False, "max_new_tokens": LENGTH - text.shape[1] + 6, cache_key(target): cache}
+        assert run(target, 0, text, **rest)[0].tolist() == whole.tolist()
+
+
 def test_the_random_state_is_behind_the_last_step(tiny_target, tiny_drafter):
     target = tiny_target(VOCAB)
     drafter = tiny_drafter(target, tree=TREE)

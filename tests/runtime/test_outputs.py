@@ -151,6 +151,29 @@ def test_output_object_is_plain_generates(target, drafter, options, wanted):
     assert drafter.last_generation.accepted > 0
 
 
+def test_hidden_states_keep_no_whole_trees(target, drafter):
+    options = {"do_sample": False, "max_new_tokens": 12, "return_dict_in_generate": True, "output_hidden_states": True}
+    output = target.generate(prompt_ids(VOCAB, 5), assistant_model=drafter, **options)
+    for states in output.hidden_states[1:]:
+        for state in states:
+            assert state.untyped_storage().nbytes() == state.numel() * state.element_size()
+
+
+def test_statistics_are_there_when_a_streamer_ends(target, drafter):
+    seen: list[Any] = []
+
+    class Reader(BaseStreamer):
+        def put(self, value: torch.Tensor) -> None:
+            pass
+
+        def end(self) -> None:
+            seen.append(drafter.last_generation.new_tokens)
+
+    drafter.last_generation = None
+    target.generate(prompt_ids(VOCAB, 5), assistant_model=drafter, streamer=Reader(), do_sample=False, max_new_tokens=9)
+    assert seen == [9]
+
+
 def test_processors_that_write_in_place_do_not_reach_the_logits(target, drafter):
     """Plain ``generate()`` hands the same tensor to processors and record; so do we, whatever that gives."""
     kept = []

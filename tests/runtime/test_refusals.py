@@ -63,6 +63,7 @@ def assert_refused(target: Any, drafter: Any, message: str, error: Any = ValueEr
         ({"use_mtp": True}, "use_mtp .*drop one of the two"),
         ({"speculation_type": "dflash"}, "speculation_type .*drop one of the two"),
         ({"assistant_early_exit": 1}, "assistant_early_exit .*drop one of the two"),
+        ({"dola_layers": "high"}, "dola_layers .*would change the text.*drop one of the two"),
         ({"assistant_tokenizer": object(), "tokenizer": object()}, "drop assistant_tokenizer"),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),
@@ -164,6 +165,18 @@ def test_encoder_decoder(drafter):
 )
 def test_families_that_trees_would_get_wrong(drafter, config, message):
     assert_refused(AutoModelForCausalLM.from_config(config).eval(), drafter, message)
+
+
+@pytest.mark.parametrize("kind", ["DeepSpeed", "DTensor", "flat"])
+def test_a_target_in_pieces(target, drafter, kind):
+    """Before anything reads what is not there: the fingerprint does."""
+    target = copy.deepcopy(target)
+    weight = target.get_output_embeddings().weight
+    if kind == "flat":
+        target.get_output_embeddings().weight = torch.nn.Parameter(weight.detach().flatten())
+    else:
+        setattr(weight, {"DeepSpeed": "ds_id", "DTensor": "device_mesh"}[kind], 0)
+    assert_refused(target, drafter, "in pieces on several devices.*load it whole")
 
 
 def test_layers_with_sequential_state(drafter):

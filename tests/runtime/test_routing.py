@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import subprocess
 import sys
@@ -209,6 +210,12 @@ def test_mixin_needs_no_routing(tiny_target, target, drafter):
     assert stock.tolist() == target.generate(prompt_ids(VOCAB, 6), **options).tolist()
     with pytest.raises(ValueError, match="num_beams"):
         built_in.generate(prompt_ids(VOCAB, 6), assistant_model=drafter, num_beams=2, max_new_tokens=4)
+
+
+def test_mixin_names_what_the_stock_method_takes():
+    """``generate()`` passes, of some arguments, only those that the method's signature names."""
+    own = inspect.signature(FalconGenerationMixin._assisted_decoding).parameters
+    assert list(own) == list(inspect.signature(GenerationMixin._assisted_decoding).parameters)
 
 
 def test_mixin_with_routing_runs_falcon_once(target, drafter):

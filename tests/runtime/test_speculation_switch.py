@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import random
 from collections.abc import Callable
 from typing import Any
@@ -191,6 +193,41 @@ def test_with_the_real_clock(tiny_target, tiny_drafter):
     drafter = tiny_drafter(target, 2, tree={"kind": "dynamic", "nodes": 8, "passes": 3}, auto_off=True)
     assert_same_text(target, drafter, prompt_ids(VOCAB, 6), max_new_tokens=120, do_sample=False)
     assert drafter.last_generation.plain_rounds > drafter.last_generation.rounds // 2
+
+
+def test_a_target_that_is_gone_is_forgotten(tiny_target, tiny_drafter):
+    """Its id may be the next target's, whose tokens take another time."""
+    kept, gone = (copy.deepcopy(tiny_target(VOCAB)) for _ in range(2))
+    drafter = tiny_drafter(kept, auto_off=True)
+    for target in (kept, gone, gone):
+        target.generate(prompt_ids(VOCAB, 5), assistant_model=drafter, do_sample=False, max_new_tokens=4)
+    assert {own for own, *_ in drafter.switches} == {id(kept), id(gone)}
+    del target, gone
+    gc.collect()
+    assert {own for own, *_ in drafter.switches} == {id(kept)}
+
+
+def test_a_plain_round_has_no_mask_to_look_at(tiny_target, tiny_drafter, monkeypatch):
+    """As in plain decoding, where transformers drops a mask of ones: looking at it would be a device sync a round."""
+    target = tiny_target(VOCAB)
+    drafter = tiny_drafter(target, auto_off=True)
+    monkeypatch.setattr(SpeculationSwitch, "start", lambda self: setattr(self, "drafts", False))
+    monkeypatch.setattr(SpeculationSwitch, "record", lambda self, tokens: None)
+    masks: list[Any] = []
+
+    def note(_: Any, __: Any, given: dict[str, Any]) -> None:
+        masks.append(given.get("attention_mask"))
+
+    for padding in (0, 2):
+        ids = prompt_ids(VOCAB, 6)
+        mask = (torch.arange(6) >= padding).long()[None]
+        masks.clear()
+        hook = target.register_forward_pre_hook(note, with_kwargs=True)
+        out = target.generate(ids, attention_mask=mask, assistant_model=drafter, do_sample=False, max_new_tokens=8)
+        hook.remove()
+        assert out.tolist() == target.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=8).tolist()
+        assert len(masks) == 8
+        assert [each is None for each in masks[1:]] == [padding == 0] * 7
 
 
 def test_the_books_go_on_with_the_next_call(tiny_target, tiny_drafter):

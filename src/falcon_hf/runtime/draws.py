@@ -20,7 +20,8 @@ class Draws:
 
     def __init__(self, rows: int) -> None:
         self._rows = rows
-        self._states: list[torch.Tensor] = []
+        self._states: dict[int, torch.Tensor] = {}  # by step, those that a row may still ask for and the last
+        self._last = 0
         self._device = torch.device("cpu")
 
     def draw(self, probabilities: torch.Tensor, row: int, step: int) -> torch.Tensor:
@@ -29,13 +30,19 @@ class Draws:
             return torch.multinomial(probabilities, num_samples=1).squeeze(1)
         self._device = probabilities.device
         if not self._states:
-            self._states.append(_get_state(self._device))
+            self._states[0] = _get_state(self._device)
         _set_state(self._device, self._states[step])
         # The other rows' laws do not matter for this row's noise, only their number does.
         tokens = torch.multinomial(probabilities.expand(self._rows, -1), num_samples=1)
-        if step + 1 == len(self._states):
-            self._states.append(_get_state(self._device))
+        if step == self._last:
+            self._last = step + 1
+            self._states[self._last] = _get_state(self._device)
         return tokens[row]
+
+    def forget_before(self, step: int) -> None:
+        """No row will draw for an earlier step any more; a state takes some kilobytes."""
+        for past in [past for past in self._states if past < min(step, self._last)]:
+            del self._states[past]
 
     def __enter__(self) -> Draws:
         """The draws themselves."""
@@ -44,7 +51,7 @@ class Draws:
     def __exit__(self, *error: object) -> None:
         """Leave the generator, on an error too, as plain decoding would: behind the last step that any row reached."""
         if self._states:
-            _set_state(self._device, self._states[-1])
+            _set_state(self._device, self._states[self._last])
 
 
 def _get_state(device: torch.device) -> torch.Tensor:

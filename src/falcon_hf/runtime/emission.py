@@ -66,7 +66,8 @@ class Emission:
         if self._rows > 1:
             self._processor = LogitsProcessorList([_asking_own_row(each, row) for each in logits_processor])
         self._criteria = stopping_criteria
-        # transformers' own criteria judge each row by itself; others may go by its place in the batch.
+        # transformers' own criteria judge each row by itself; others may go by its place in the batch. All are asked
+        # once a row and token, where plain decoding asks once a step.
         self._needs_place = self._rows > 1 and any(
             not type(criterion).__module__.startswith("transformers.") for criterion in stopping_criteria
         )
@@ -137,7 +138,8 @@ class Emission:
     def record_hidden_states(self, states: tuple[torch.Tensor, ...], node: int) -> None:
         """Keep a verified node's hidden states, from ``[B, N, H]`` a layer, if the user asked for them."""
         if self.hidden_states is not None:
-            self.hidden_states.append(tuple(s[self._row : self._row + 1, node : node + 1] for s in states))
+            # Copies: a view would keep the states of the whole tree.
+            self.hidden_states.append(tuple(s[self._row : self._row + 1, node : node + 1].clone() for s in states))
 
 
 def _asking_own_row(processor: LogitsProcessor, row: int) -> LogitsProcessor:

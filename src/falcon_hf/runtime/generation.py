@@ -12,7 +12,9 @@ the stopping criteria; otherwise one an emitted token. Plain ``generate()`` has 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +33,7 @@ from .statistics import GenerationStatistics
 from .target import family, last_device
 from .target_attention import under_tree_attention
 from .target_limits import check_length
-from .target_session import TargetSession
+from .target_session import TargetSession, cache_key
 from .tree import DraftTree
 from .tree_shape import TreeShape, chain
 from .validation import check_row_ends
@@ -62,7 +64,7 @@ def decode(
     """Generate from ``input_ids`` ``[B, P]``; everything as ``generate()`` hands it to a decoding method.
 
     If the target is spread over devices, the drafter moves to the last one, where its features are made.
-    With ``synced_gpus`` (ZeRO-3, FSDP) every round is one target forward on every device, until all have finished.
+    With ``synced_gpus`` every round is one target forward on every device, until all have finished.
     ``tokenizer`` has served in the stopping criteria, and ``inputs_tensor`` is for encoders.
 
     Returns:
@@ -91,10 +93,8 @@ def decode(
             generator.draw_siblings(siblings)
         pairs = CommittedPairs(generator, rows)
         switch = _switch(drafter, target, len(rows))
-        embeds = model_kwargs.get("inputs_embeds")  # where they stand for ids, max_length does not count them
-        uncounted = 0 if embeds is None else embeds.shape[1] - input_ids.shape[1]
         room = generator.shape.size
-        tokens = generation_config.max_length + uncounted
+        tokens = generation_config.max_length + _uncounted(target, input_ids, generation_config, model_kwargs)
         slots = tokens + room
         check_length(target, tokens, slots)
         slots = max(slots, generation_config.max_cache_len or 0)  # a size the user wants for texts of all lengths
@@ -110,34 +110,54 @@ def decode(
             pairs.add_prompt(session.prompt_features)
             session.prompt_features = []
         switch.start()
+        drafts = switch.drafts  # read once a round: another thread's call may use the same switch
         prompt_states = outputs.hidden_states if generation_config.output_hidden_states else None
         while target._has_unfinished_sequences(all(row.ended for row in rows), synced_gpus, device=input_ids.device):
             if all(row.ended for row in rows):
                 session.idle(rows[0].ids[:, -1:], generation_config)
                 continue
             with statistics.timed("draft"):
-                tree = _draft(rows, generator, switch.drafts)
-            with statistics.timed("verify"):
+                tree = _draft(rows, generator, drafts)
+            with statistics.timed("verify"), session.whole_on_error():
                 outputs = session.verify(tree, [row.budget for row in rows], generation_config)
             with statistics.timed("walk"), session.undone_on_error(tree.size):
                 paths = _walk(tree, outputs, rows, session, siblings)
                 stream.flush()
-            statistics.count(paths, tree.size, drafted=switch.drafts)
+            draws.forget_before(min((row.new_tokens for row in rows if not row.ended), default=0))
+            statistics.count(paths, tree.size, drafted=drafts)
             walked = [len(path) for path in paths if path]
             switch.record(sum(walked) / len(walked))
+            drafts = switch.drafts
             with statistics.timed("cache"):
                 session.keep(paths, tree.size)
             with statistics.timed("draft"):
-                pairs.add_round(session.features(outputs), paths, hold=not switch.drafts)
+                pairs.add_round(session.features(outputs), paths, hold=not drafts)
             if drafter.on_round is not None:
                 drafter.on_round(tree, paths)
+        statistics.new_tokens = sum(row.new_tokens for row in rows)
+        drafter.last_generation = statistics  # before a streamer's reader learns that the text has ended
         stream.end()
         if len(rows) > 1:
             session.compact()
-    statistics.new_tokens = sum(row.new_tokens for row in rows)
-    drafter.last_generation = statistics
     logger.debug("%s", statistics)
     return gather_output(rows, generation_config, prompt_states, session.prompt_attentions, session.cache)
+
+
+def _uncounted(
+    target: PreTrainedModel, input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+) -> int:
+    """Tokens of the text that ``max_length`` leaves out: embeddings given for ids, or what a continued cache holds.
+
+    The latter where only the new ids are given, which transformers knows by the mask's being longer.
+    """
+    embeds = model_kwargs.get("inputs_embeds")
+    if embeds is not None:
+        return int(embeds.shape[1] - input_ids.shape[1])
+    cache, mask = model_kwargs.get(cache_key(target)), model_kwargs.get("attention_mask")
+    width = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
+    if cache is None or width in (None, input_ids.shape[1]):
+        return 0
+    return int(cache.get_seq_length())
 
 
 def _switch(drafter: FalconDrafter, target: PreTrainedModel, rows: int) -> SpeculationSwitch:
@@ -145,7 +165,14 @@ def _switch(drafter: FalconDrafter, target: PreTrainedModel, rows: int) -> Specu
     if not drafter.config.auto_off:
         return SpeculationSwitch(False)
     kind = f"{drafter.config.tree} {drafter.config.lookup} {target.device} {target.dtype}"
+    if all(own != id(target) for own, *_ in drafter.switches):  # an id goes to another target when this one is gone
+        weakref.finalize(target, _forget, drafter.switches, id(target)).atexit = False
     return drafter.switches.setdefault((id(target), rows, kind), SpeculationSwitch(True))
+
+
+def _forget(switches: dict[tuple[int, int, str], SpeculationSwitch], gone: int) -> None:
+    for key in [key for key in switches if key[0] == gone]:
+        del switches[key]
 
 
 def chain_shape(drafter: FalconDrafter, target: PreTrainedModel, rows: int) -> TreeShape | None:
@@ -230,6 +257,7 @@ class FalconGenerationMixin(GenerationMixin):
             )
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
 
+    @functools.wraps(GenerationMixin._assisted_decoding)  # transformers passes what the signature names
     def _assisted_decoding(self, *args: Any, assistant_model: Any = None, **kwargs: Any) -> Any:
         if hasattr(assistant_model, "_falcon_decode"):
             return assistant_model._falcon_decode(self, *args, **kwargs)

@@ -126,7 +126,7 @@ def check_target(target: PreTrainedModel, config: FalconDrafterConfig) -> None:
 
     Raises:
         ValueError: encoder-decoder or stateful target, unknown family, other vocabulary or hidden size, attention
-            implementation without 4D masks, prompt-learning adapter.
+            implementation without 4D masks, prompt-learning adapter, weights in pieces.
 
     Warns:
         TargetMismatchWarning: if the fingerprint says that the drafter was trained for another model.
@@ -174,7 +174,22 @@ def check_target(target: PreTrainedModel, config: FalconDrafterConfig) -> None:
             "The target has a prompt-learning adapter, whose virtual tokens a tree cannot carry; merge or disable it, "
             "or generate without assistant_model. LoRA adapters work."
         )
+    _check_whole(target)
     _check_fingerprint(target, config)
+
+
+def _check_whole(target: PreTrainedModel) -> None:
+    """Refuse a target whose embeddings or head are in pieces on several devices: drafting reads them as they are."""
+    for module in (target.get_input_embeddings(), target.get_output_embeddings()):
+        weight = module.weight
+        # A DTensor's, and DeepSpeed's at ZeRO stage 3.
+        pieces = hasattr(weight, "device_mesh") or hasattr(weight, "ds_id")
+        if pieces or weight.dim() != 2:  # FSDP's first version has flat ones
+            raise ValueError(
+                "The target's weights are in pieces on several devices (ZeRO-3, FSDP, tensor parallelism), of which "
+                "Falcon cannot draft: load it whole, or layer by layer with device_map='auto', or generate without "
+                "assistant_model."
+            )
 
 
 def family(target: PreTrainedModel) -> Support | None:

@@ -132,19 +132,18 @@ class TargetSession:
         """
         if self._static:
             self._compile(generation_config)
-        self.cache.activate_past_recording()
         kwargs = {**self.model_kwargs, "output_hidden_states": self._wanted_states(generation_config)}
         kwargs.pop("output_attentions", None)
         if _returns_attentions(generation_config):
             kwargs["output_attentions"] = True
         outputs = self.target._prefill(input_ids, generation_config, kwargs)
+        # Not before: a prefill is never rolled back, and in chunks it would keep the whole prompt in sliding layers.
+        self.cache.activate_past_recording()
         if not self.cache.is_croppable:
             raise ValueError(
                 f"{type(self.cache).__name__} cannot give up rejected drafts; drop cache_implementation, or pass "
                 "transformers.DynamicCache(), or generate without assistant_model."
             )
-        # Sliding layers held everything for a rollback that a prefill never needs.
-        self.cache.crop(0)
         wanted = _returns_attentions(generation_config)
         if wanted and outputs.attentions and self.target.config._attn_implementation != "eager":
             raise ValueError(
@@ -262,10 +261,13 @@ class TargetSession:
         """What tells the target where the nodes are: masks and positions, as for a tree in [`TreeMasks`].
 
         A chain (``causal``) needs what plain decoding gives, a mask ``[B, L + N]`` of the slots, and positions where
-        the target takes any.
+        the target takes any. So does one plain token, or no mask where no slot is empty: transformers would look at it,
+        at a device sync.
         """
         if not causal:
             return {"position_ids": positions, "attention_mask": self._masks.of(self.slots, ancestors, positions)}
+        if not self._causal and self.slots.filled == [self.slots.length]:
+            return {"position_ids": positions, "attention_mask": None}
         mask = torch.cat((self.slots.valid, torch.ones_like(positions, dtype=torch.bool)), dim=1).long()
         if self._static:  # some build their biases from the mask, for all slots
             mask = F.pad(mask, (0, int(self.cache.get_max_length()) - mask.shape[1]))
@@ -300,6 +302,18 @@ class TargetSession:
             self._gather(self.slots.length + nodes, nodes, torch.tensor(padded, device=self.slots.valid.device))
         self.cache.crop(kept - nodes)
         self.slots.add(lengths)
+
+    @contextlib.contextmanager
+    def whole_on_error(self) -> Iterator[None]:
+        """Around [`verify`]: an error within the forward leaves all layers as long as they were, not only the later."""
+        try:
+            yield
+        except BaseException:
+            for layer in self.cache.layers:
+                ahead = int(layer.get_seq_length()) - self.slots.length if isinstance(layer, CacheLayerMixin) else 0
+                if ahead > 0:
+                    layer.crop(-ahead)
+            raise
 
     @contextlib.contextmanager
     def undone_on_error(self, nodes: int) -> Iterator[None]:
@@ -343,6 +357,9 @@ class TargetSession:
 
     def _gather(self, slots: int, region: int, index: torch.Tensor) -> None:
         """In the last ``region`` of the cache's ``slots``, put those at ``index`` ``[B, n]`` (from its start) first."""
+        prefetched = getattr(self.cache, "prefetch_stream", None)
+        if prefetched is not None:  # an offloaded cache: the first layer is on its way back
+            torch.cuda.current_stream(index.device).wait_stream(prefetched)
         for layer in self.cache.layers:
             if not isinstance(layer, CacheLayerMixin) or not layer.is_initialized or layer.keys is None:
                 continue  # shared keys and values: another layer holds them

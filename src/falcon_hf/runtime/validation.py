@@ -25,6 +25,7 @@ _EXCLUSIVE_OPTIONS = {
     "prompt_lookup_num_tokens": "it names another source of drafts",
     "assistant_early_exit": "it names another source of drafts",
     "assistant_ensemble_weight": "it would change the text",
+    "dola_layers": "it would change the text",
     "use_mtp": "it names another source of drafts",
     "speculation_type": "it names another source of drafts",
 }
