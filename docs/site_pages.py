@@ -14,6 +14,7 @@ PAGES = {
     "how-it-works.md": "How it works",
     "using.md": "Using it",
     "training.md": "Training a drafter",
+    "ablations.md": "What pays in a drafter",
     "tuning.md": "Tuning k and the tree",
     "publishing.md": "Publishing a drafter",
     "measuring.md": "Measuring",

@@ -34,7 +34,13 @@ MEASUREMENTS = ROOT / "docs" / "measurements"
 COMPARED = (
     "all-mt-bench-bfloat16-greedy",
     "all-gsm8k-bfloat16-greedy",
+    "all-humaneval-bfloat16-greedy",
+    "all-mt-bench-bfloat16-sampled",
+    "all-mt-bench-float32-greedy",
 )
+
+# Those of docs/ablations.md: small drafters, trained alike.
+ABLATED = ("ablation-mt-bench-bfloat16-greedy", "ablation-gsm8k-bfloat16-greedy")
 
 # Those of docs/avx2.md: the drafter before the shipped one, on another machine.
 EARLIER = (
@@ -64,10 +70,14 @@ def earlier() -> list[Path]:
     return [MEASUREMENTS / f"{name}.json" for name in EARLIER]
 
 
+def ablated() -> list[Path]:
+    return [MEASUREMENTS / f"{name}.json" for name in ABLATED]
+
+
 def test_no_stored_result_is_left_out():
     assert set(results()) == set((CARD / "benchmarks").iterdir())
     checks = {path for path in MEASUREMENTS.iterdir() if is_check(path)}
-    assert set(compared() + earlier()) == set(MEASUREMENTS.iterdir()) - checks
+    assert set(compared() + earlier() + ablated()) == set(MEASUREMENTS.iterdir()) - checks
     pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md"))
     for path in checks:
         assert f"<!-- from: falcon-hf report {path.relative_to(ROOT)} -->" in pages
@@ -81,8 +91,9 @@ def test_no_stored_result_is_left_out():
         (CARD / "README.md", False, results()),
         (ROOT / "docs" / "comparison.md", False, compared()),
         (ROOT / "docs" / "avx2.md", False, earlier()),
+        (ROOT / "docs" / "ablations.md", False, ablated()),
     ],
-    ids=["README", "docs", "card", "comparison", "avx2"],
+    ids=["README", "docs", "card", "comparison", "avx2", "ablations"],
 )
 def test_tables_are_those_of_the_stored_results(path, brief, stored):
     text = path.read_text(encoding="utf-8")
@@ -91,14 +102,14 @@ def test_tables_are_those_of_the_stored_results(path, brief, stored):
 
 
 def test_summaries_are_those_of_the_runs():
-    for path in results() + compared() + earlier():
+    for path in results() + compared() + earlier() + ablated():
         result = read_result(path)
         found = json.loads(json.dumps(summarise(result["runs"], list(result["settings"]["methods"]))))
         assert found == result["summary"], path.name
 
 
 def test_results_are_complete_and_float32_is_identical():
-    for path in results() + compared() + earlier():
+    for path in results() + compared() + earlier() + ablated():
         result = read_result(path)
         assert result["complete"]
         if result["settings"]["target"]["dtype"] == "float32":

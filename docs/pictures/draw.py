@@ -143,8 +143,42 @@ def sweep() -> None:
     save(figure, "sweep")
 
 
+def training() -> None:
+    """Held-out accuracy of the shipped drafter's runs, from the curves in its recipe."""
+    recipe = json.loads((DRAFTER / "recipe.json").read_text(encoding="utf-8"))
+    runs: list[dict[str, Any]] = []
+    while recipe is not None:
+        runs.insert(0, recipe)
+        recipe = recipe.get("started_from")
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots()
+    before = 0.0
+    for index, run in enumerate(runs):
+        seen, steps = run["run"]["positions_seen"] / 1e6, run["run"]["steps"]
+        points = {entry["step"]: entry for entry in run["curve"] if "eval_pass1_position1_top1" in entry}
+        x = [before + seen * step / steps for step in points]
+        first = [100 * entry["eval_pass1_position1_top1"] for entry in points.values()]
+        second = [
+            100 * entry.get("eval_corrected_position2_top1", entry["eval_pass1_position2_top1"])
+            for entry in points.values()
+        ]
+        colour, tokens = COLOURS[index], run["data"]["learned_tokens"] / 1000
+        axes.plot(x, first, "o-", color=colour, ms=4, label=f"run {index + 1}: text of {tokens:,.0f},000 answer tokens")
+        axes.plot(x, second, "s--", color=colour, ms=4)
+        if index:
+            axes.axvline(before, color="#bbbbbb", lw=0.8)
+        before += seen
+    axes.set_xlabel("positions seen, all runs together, millions", fontsize=9)
+    axes.set_ylabel("right on held-out text, %", fontsize=9)
+    axes.set_title("Circles: position 1; squares: position 2, corrected from run 2 on", fontsize=10)
+    axes.spines[["right", "top"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False, loc="lower right")
+    save(figure, "training")
+
+
 if __name__ == "__main__":
     masks()
     trees()
     verification()
     sweep()
+    training()
