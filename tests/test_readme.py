@@ -37,6 +37,7 @@ COMPARED = (
     "all-humaneval-bfloat16-greedy",
     "all-mt-bench-bfloat16-sampled",
     "all-mt-bench-float32-greedy",
+    "all-mt-bench-float32-sampled",
 )
 
 # Those of docs/ablations.md: small drafters, trained alike.
