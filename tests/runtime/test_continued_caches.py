@@ -39,6 +39,12 @@ def assert_goes_on(target: Any, drafter: Any, cache: Any, **further: Any) -> Non
     assert_same_text(target, drafter, inputs(**further), per_call=caches, **OPTIONS)
 
 
+def assert_refused(target: Any, drafter: Any, cache: Any, message: str) -> None:
+    """An error that says ``message``."""
+    with pytest.raises(ValueError, match=message):
+        run(target, 0, inputs(), assistant_model=drafter, **OPTIONS, **{cache_key(target): cache})
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_the_new_ids_alone(tiny_target, tiny_drafter, attention):
     target = tiny_target(VOCAB, attention=attention)
@@ -58,9 +64,8 @@ def test_a_static_cache_must_hold_the_past_too(tiny_target, tiny_drafter):
         cache._is_user_defined = True
         if fits:
             assert_goes_on(target, drafter, cache)
-            continue
-        with pytest.raises(ValueError, match=f"too small.*max_cache_len={wanted}"):
-            run(target, 0, inputs(), assistant_model=drafter, **OPTIONS, **{cache_key(target): cache})
+        else:
+            assert_refused(target, drafter, cache, f"too small.*max_cache_len={wanted}")
 
 
 def test_the_past_counts_towards_the_longest_text(tiny_target, tiny_drafter):
@@ -72,9 +77,8 @@ def test_the_past_counts_towards_the_longest_text(tiny_target, tiny_drafter):
         cache = filled(target, DynamicCache(config=target.config))
         if fits:
             assert_goes_on(target, drafter, cache)
-            continue
-        with pytest.raises(ValueError, match=f"Beyond {most} tokens"):
-            run(target, 0, inputs(), assistant_model=drafter, **OPTIONS, **{cache_key(target): cache})
+        else:
+            assert_refused(target, drafter, cache, f"Beyond {most} tokens")
 
 
 def test_positions_of_the_new_ids(tiny_target, tiny_drafter):
