@@ -118,6 +118,8 @@ def check_repo_code(folder: Path) -> None:
         start, own = folder / CUSTOM_GENERATE / "generate.py", folder / "remote_generate.py"
         if start.read_bytes() != own.read_bytes():
             raise ValueError(f"{start} is not the {own.name} that was saved with it")
+        if not start.with_name("requirements.txt").is_file():
+            raise ValueError(f"it lacks {CUSTOM_GENERATE}/requirements.txt")
     except (OSError, ValueError) as error:
         raise DrafterError(
             f"{folder} is no whole Hub repo: {_one_line(error)}. Load the drafter and save it again with "

@@ -14,7 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..drafter_loading import DrafterError, check_repo_code, load_drafter, weights_sha256
 from ..runtime.modeling_falcon_drafter import FalconDrafter
 from ..runtime.repo_card import first_card
-from ..runtime.repo_files import CUSTOM_GENERATE, CodeStampWarning
+from ..runtime.repo_files import CodeStampWarning
 from ..runtime.repo_upload import upload_repo
 from ..whole_files import write_whole
 from .cards import MARK, CardSource, build_card, is_measured, read_recipe, result_files
@@ -121,9 +121,6 @@ def _checked(folder: Path) -> FalconDrafter:
         raise HubError(str(error)) from error
     except CodeStampWarning as error:
         raise HubError(str(error)) from error
-    if not (folder / CUSTOM_GENERATE / "requirements.txt").is_file():
-        lacking = f"{CUSTOM_GENERATE}/requirements.txt"
-        raise HubError(f"{folder} lacks {lacking}: load the drafter and save it again with save_pretrained.")
     if drafter.config.code_stamp is None:
         raise HubError(f"{folder} has no code stamp: load the drafter and save it again with save_pretrained.")
     if drafter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
