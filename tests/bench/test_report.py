@@ -85,7 +85,7 @@ def test_every_table_is_rectangular(result: dict[str, Any]) -> None:
 
 
 def test_provenance_line(result: dict[str, Any]) -> None:
-    line = render([result]).strip().splitlines()[-1]
+    (line,) = [line for line in render([result]).splitlines() if line.startswith("- ")]
     for part in (
         "org/target, bfloat16, sdpa", "Some | CPU, 2 threads", "2 questions of mt_bench.jsonl (sha256 cdcdcdcdcdcd)",
         "10 new tokens", "1 seed, 1 repeat", "`falcon` is hub_cards/small (weights abababababab, k = 2",
@@ -138,7 +138,8 @@ def test_tables_without_content_are_left_out(result: dict[str, Any]) -> None:
     report = render([result])
     assert len(row(report, "mt_bench, bfloat16, greedy")) == 1
     assert "identical" not in report
-    assert "details" not in report
+    assert report.count("<details>") == 1  # where it is from
+    assert "**" not in report  # no title without its table
 
 
 def test_nothing_to_report(result: dict[str, Any]) -> None:
@@ -201,6 +202,13 @@ def test_acceptance_by_depth_and_memory(result: dict[str, Any]) -> None:
             run["accepted"] = [2, 1, 0, 1]
     result["summary"] = summarise(result["runs"], ["plain", "falcon", "prompt_lookup"])
     report = render([result])
+    for title in (
+        "**Texts that are plain's",
+        "**Rounds that accept a draft",
+        "**Where a round's time goes",
+        "Peak memory<",
+    ):
+        assert title in report
     assert [name, "falcon", "75%", "25%"] in row(report, name, "falcon")
     assert [name, "falcon", "120", "+20"] in row(report, name, "falcon")
     assert [name, "plain", "100", "-"] in row(report, name, "plain")

@@ -31,22 +31,16 @@ def render(results: Sequence[Result], brief: bool = False) -> str:
         if not result["summary"]:
             raise BenchError("A result has no finished question yet; let falcon-hf bench go on.")
     named = list(zip(names(results), results, strict=True))
-    provenance = "\n".join(f"- {name}: {describe(result)}" for name, result in named)
+    sources = "\n".join(f"- {name}: {describe(result)}" for name, result in named)
+    provenance = tables.folded("Models, machine and settings of each run", sources)
     if brief:
-        parts = [
-            tables.brief(named),
-            _BRIEF_NOTE,
-            tables.folded("Models, machine and settings of each run", provenance),
-        ]
+        parts = [tables.brief(named), _BRIEF_NOTE, provenance]
     else:
-        further = (tables.tasks, tables.gaps, tables.positions, tables.rows_of_batches, tables.rounds, tables.memory)
-        parts = [
-            tables.speed(named),
-            _SPEED_NOTE,
-            tables.agreement(named),
-            *(table(named) for table in further),
-            provenance,
-        ]
+        further = (
+            tables.agreement, tables.tasks, tables.gaps, tables.positions, tables.rows_of_batches, tables.rounds,
+            tables.memory,
+        )  # fmt: skip
+        parts = [tables.speed(named), _SPEED_NOTE, *(table(named) for table in further), provenance]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

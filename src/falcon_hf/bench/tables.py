@@ -84,7 +84,7 @@ def by_category(result: Result) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def positions(named: Named) -> str:
-    """Share of rounds that accepted a draft at each depth; empty if no method knows."""
+    """Share of rounds that accepted a draft at each depth, with a title; empty if no method knows."""
     found = []
     for name, result in named:
         for label in result["summary"]:
@@ -98,12 +98,12 @@ def positions(named: Named) -> str:
         (name, label, *(f"{100 * share:.0f}%" for share in shares), *["-"] * (deepest - len(shares)))
         for name, label, shares in found
     ]
-    head = ("run", "accepted at depth", *(str(depth) for depth in range(1, deepest + 1)))
-    return _table(head, 2, rows)
+    head = ("run", "method", *(f"depth {depth}" for depth in range(1, deepest + 1)))
+    return titled("Rounds that accept a draft at each depth", _table(head, 2, rows))
 
 
 def rows_of_batches(named: Named) -> str:
-    """Spread of tau over the rows of batches; empty if no run has batches."""
+    """Spread of tau over the rows of batches, with a title; empty if no run has batches."""
     rows = []
     for name, result in named:
         if result["settings"].get("batch_size", 1) == 1:
@@ -114,12 +114,12 @@ def rows_of_batches(named: Named) -> str:
                 quartiles = f"{taus['lower_quartile']:.2f} to {taus['upper_quartile']:.2f}"
                 shown = (f"{taus['median']:.2f}", quartiles, f"{taus['min']:.2f} to {taus['max']:.2f}")
                 rows.append((name, label, str(taus["count"]), *shown))
-    head = ("run", "tau of a batch's rows", "rows", "median", "quartiles", "range")
-    return _table(head, 2, rows) if rows else ""
+    head = ("run", "method", "rows", "median", "quartiles", "range")
+    return titled("tau of a batch's rows", _table(head, 2, rows)) if rows else ""
 
 
 def memory(named: Named) -> str:
-    """Peak memory of a call: of the process on a CPU, of torch on a CUDA device; empty where it was not measured."""
+    """Peak memory of a call (the process's on a CPU, torch's on CUDA), folded away; empty where not measured."""
     rows = []
     for name, result in named:
         baseline = result["summary"].get(BASELINE, {}).get("peak_bytes")
@@ -128,18 +128,18 @@ def memory(named: Named) -> str:
             if peak is not None:
                 over = "-" if label == BASELINE or baseline is None else f"{(peak - baseline) / 2**20:+.0f}"
                 rows.append((name, label, f"{peak / 2**20:.0f}", over))
-    return _table(("run", "method", "peak MiB", "beyond plain's"), 2, rows) if rows else ""
+    return folded("Peak memory", _table(("run", "method", "peak MiB", "beyond plain's"), 2, rows)) if rows else ""
 
 
 def agreement(named: Named) -> str:
-    """How many texts are plain's, and how large the gaps at first differences are; empty without a comparison."""
+    """How many texts are plain's, how large the gaps at first differences, with a title; empty without a comparison."""
     rows = []
     for name, label, own in _summaries(named):
         if own["compared"]:
             numbers = (own["median_gap"], own["largest_gap"], own["median_gap_units"], own["largest_gap_units"])
             rows.append((name, label, _same(own), *(_number(number) for number in numbers)))
     head = ("run", "method", "identical", "median gap", "largest gap", "median, in units", "largest, in units")
-    return _table(head, 2, rows) if rows else ""
+    return titled("Texts that are plain's, and gaps where others part", _table(head, 2, rows)) if rows else ""
 
 
 def gaps(named: Named) -> str:
@@ -165,7 +165,7 @@ def gaps(named: Named) -> str:
 
 
 def rounds(named: Named) -> str:
-    """Milliseconds and share of each phase of a round; empty if no method times its phases."""
+    """Milliseconds and share of each phase of a round, with a title; empty if no method times its phases."""
     rows = []
     for name, label, own in _summaries(named):
         timed = own["round"]
@@ -174,11 +174,16 @@ def rounds(named: Named) -> str:
             overhead = f"{100 * timed['overhead_share']:.1f}%"
             rows.append((name, label, str(own["rounds"]), f"{timed['total_ms']:.1f}", *phases, overhead))
     head = ("run", "method", "rounds", "ms a round", *PHASES, "walk + cache + rest")
-    return _table(head, 2, rows) if rows else ""
+    return titled("Where a round's time goes, ms", _table(head, 2, rows)) if rows else ""
 
 
 def _summaries(named: Named) -> list[tuple[str, str, dict[str, Any]]]:
     return [(name, label, own) for name, result in named for label, own in result["summary"].items()]
+
+
+def titled(title: str, content: str) -> str:
+    """With its title above it."""
+    return f"**{title}**\n\n{content}"
 
 
 def folded(title: str, content: str) -> str:
