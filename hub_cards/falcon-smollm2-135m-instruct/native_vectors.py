@@ -1,6 +1,7 @@
-"""The kernel of ``native_kernel.py`` in the vectors of AVX2, which every CPU that it serves has: C++.
+"""The kernel of ``native_kernel.py`` in vectors: C++. Of AVX2, which every CPU that it serves has; float32 of AVX-512.
 
-A weight's rows are read ahead of their use, and multiplied with up to six rows while they are in registers.
+A weight's rows are read ahead of their use, and multiplied with up to six rows while they are in registers. bfloat16 is
+in AVX2's alone: a CPU with AVX-512 has mostly instructions for it, and then this is not asked.
 """
 
 VECTORS = r"""
@@ -12,15 +13,20 @@ VECTORS = r"""
 
 namespace {
 
-constexpr long LANES = 8;     // floats in a vector
 constexpr long TILE = 24;     // outputs whose weights stay in the second-level cache while all rows pass
 constexpr long AHEAD = 8192;  // bytes that are asked for before they are needed
 constexpr int MOST = 6;       // rows multiplied at once: their sums fill the registers
 
-typedef float vec __attribute__((vector_size(32), aligned(4)));
+typedef float narrow __attribute__((vector_size(32), aligned(4)));
 typedef uint32_t bits __attribute__((vector_size(32), aligned(2)));
+#ifdef __AVX512F__
+typedef float wide __attribute__((vector_size(64), aligned(4)));
+float total(wide v) { return _mm512_reduce_add_ps((__m512)v); }
+#else
+typedef narrow wide;
+#endif
 
-float total(vec v) {
+float total(narrow v) {
   const __m256 all = (__m256)v;
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -29,6 +35,7 @@ float total(vec v) {
 
 struct Single {
   typedef float stored;
+  typedef wide vec;
   static constexpr int PARTS = 1;
   template <int PART> static vec load(const float* w) { return *(const vec*)w; }
   static void store(float* y, float value) { *y = value; }
@@ -38,6 +45,7 @@ struct Single {
 // widens by a shift. So the rows of x are laid out as the eight even and then the eight odd ones of each sixteen.
 struct Brain {
   typedef uint16_t stored;
+  typedef narrow vec;
   static constexpr int PARTS = 2;
   template <int PART> static vec load(const uint16_t* w) {
     const bits words = *(const bits*)w;
@@ -51,13 +59,17 @@ struct Brain {
   }
 };
 
+template <class Kind>
+constexpr long LANES = sizeof(typename Kind::vec) / sizeof(float);
+
 template <class Kind, int PART, int O, int R>
 inline __attribute__((always_inline)) void step(
-    const typename Kind::stored* w, const float* x, long n, vec (&sums)[O][R]) {
+    const typename Kind::stored* w, const float* x, long n, typename Kind::vec (&sums)[O][R]) {
+  typedef typename Kind::vec vec;
   vec weights[O];
   for (int o = 0; o < O; o++) weights[o] = Kind::template load<PART>(w + o * n);
   for (int r = 0; r < R; r++) {
-    const vec row = *(const vec*)(x + r * n + PART * LANES);
+    const vec row = *(const vec*)(x + r * n + PART * LANES<Kind>);
     for (int o = 0; o < O; o++) sums[o][r] += weights[o] * row;
   }
 }
@@ -66,11 +78,11 @@ inline __attribute__((always_inline)) void step(
 template <class Kind, int O, int R, bool FIRST>
 inline __attribute__((always_inline)) void block(
     const typename Kind::stored* w, const float* x, long n, typename Kind::stored* y, long outputs) {
-  constexpr long WIDTH = LANES * Kind::PARTS;
-  vec sums[O][R] = {};
+  constexpr long WIDTH = LANES<Kind> * Kind::PARTS, BYTES = O * WIDTH * sizeof(typename Kind::stored);
+  typename Kind::vec sums[O][R] = {};
   for (long i = 0; i < n; i += WIDTH) {
     if (FIRST)
-      for (long byte = 0; byte < O * 32; byte += 64) __builtin_prefetch((const char*)(w + O * i) + AHEAD + byte);
+      for (long byte = 0; byte < BYTES; byte += 64) __builtin_prefetch((const char*)(w + O * i) + AHEAD + byte);
     step<Kind, 0>(w + i, x + i, n, sums);
     if constexpr (Kind::PARTS == 2) step<Kind, 1>(w + i, x + i, n, sums);
   }
@@ -80,7 +92,7 @@ inline __attribute__((always_inline)) void block(
 
 template <class Kind, int R, bool FIRST>
 void strip(const typename Kind::stored* w, const float* x, long n, long count, typename Kind::stored* y, long outputs) {
-  constexpr int O = R <= 4 ? 3 : 2;
+  constexpr int O = sizeof(typename Kind::vec) == 64 ? 4 : R <= 4 ? 3 : 2;  // there are twice as many wide registers
   long o = 0;
   for (; o + O <= count; o += O) block<Kind, O, R, FIRST>(w + o * n, x, n, y + o, outputs);
   for (; o < count; o++) block<Kind, 1, R, FIRST>(w + o * n, x, n, y + o, outputs);

@@ -55,6 +55,16 @@ def test_products_are_those_of_linear(rows, dtype):
         assert not ((wrong.double() - exact).abs() <= allowed(exact, dtype)).all()
 
 
+def test_a_cpu_without_the_wider_vectors_multiplies_right_too(unmade, monkeypatch):
+    flags = tuple(flag.replace("-mavx512f", "-mavx2") for flag in native_kernel._FLAGS)
+    monkeypatch.setattr(native_kernel, "_FLAGS", flags)
+    weight = drawn(71, 48, seed=1)
+    for rows in (1, 2, 3, 5, 6, 7, 13):
+        x = drawn(rows, 48)
+        exact = F.linear(x.double(), weight.double())
+        assert ((native_product(x, weight).double() - exact).abs() <= allowed(exact, torch.float32)).all()
+
+
 def test_half_precision_is_rounded_once():
     for size in (48, 64):
         x, weight = drawn(7, size).bfloat16(), drawn(40, size, seed=1).bfloat16()

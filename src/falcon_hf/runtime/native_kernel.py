@@ -2,8 +2,8 @@
 
 A forward over the nodes of a tree, or over one token, reads every weight once and computes little with it. BLAS takes
 up to three times as long as the reading does. The kernel reads each weight at the memory's speed, ahead of its use, and
-multiplies it with all rows while it is in the cache: in the vectors of AVX2 (``native_vectors.py``; bfloat16 is widened
-on the way into a register), or bfloat16 in the tiles of AMX where the CPU has them (``native_tiles.py``).
+multiplies it with all rows while it is in the cache: in the vectors of AVX2 or AVX-512 (``native_vectors.py``; bfloat16
+is widened on the way into a register), or bfloat16 in the tiles of AMX where the CPU has them (``native_tiles.py``).
 
 It needs Linux, a CPU with AVX2 and a C++ compiler (``CXX``, else ``g++``, ``c++`` or ``clang++``). It is compiled once,
 in a second, at the first generation, and kept in ``HF_HOME/falcon_hf``. ``FALCON_HF_NATIVE=0`` in the environment does
@@ -47,8 +47,10 @@ TILE_MULTIPLE, TILE_OUTPUTS = 32, 16
 """What it has to be a multiple of for tiles, and the fewest rows that the weight then has."""
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """What is multiplied, and how the kernel is told."""
-_CAPABILITIES = ("AVX2", "AVX512")
-_FLAGS = ("-std=c++17", "-O3", "-mavx2", "-mfma", "-mtune=native", "-fopenmp", "-shared", "-fPIC")
+_VECTORS = {"AVX2": "-mavx2", "AVX512": "-mavx512f"}
+"""The CPUs that the kernel serves, by torch's names, and what a compiler is told of them."""
+_CAPABILITY = torch.backends.cpu.get_cpu_capability()
+_FLAGS = ("-std=c++17", "-O3", _VECTORS.get(_CAPABILITY, ""), "-mfma", "-mtune=native", "-fopenmp", "-shared", "-fPIC")
 _NO_TILES = "-DNO_TILES"
 _COMPILING_SECONDS = 120
 
@@ -115,7 +117,7 @@ def call(kernel: Kernel, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> li
 @functools.cache
 def compiled_kernel() -> Kernel | None:
     """The library, from the cache or compiled; None where there is none."""
-    served = sys.platform == "linux" and torch.backends.cpu.get_cpu_capability() in _CAPABILITIES
+    served = sys.platform == "linux" and _CAPABILITY in _VECTORS
     if not served or os.environ.get(SWITCH) == "0":
         return None
     kept = Path(HF_HOME) / "falcon_hf" / f"few_rows_{SOURCE_HASH}.so"
