@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from typing import Any
@@ -21,7 +22,7 @@ from .helpers import assert_same_text, break_masks, prompt_ids, with_correction
 from .test_batch import ENDING, GREEDY, batch, both
 from .test_candidate_generator import VOCAB, another_blocks_states, committed, path_features
 
-SPEC = {"kind": "dynamic", "nodes": 16, "passes": 3, "width": 3, "candidates": 4}
+SPEC = {"kind": "dynamic", "nodes": 16, "passes": 3, "width": 3, "candidates": 4, "continued": 2}
 # So many nodes that those of the last pass are among them, and blocks that hang on different blocks.
 LARGE = SPEC | {"nodes": 70, "width": 4}
 SAMPLED = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
@@ -48,6 +49,8 @@ def by_definition(drafter: Any, target: Any, features: Any, tokens: Any, spec: D
             level = {start: score}
             for position, estimate in enumerate(path_features(drafter, target, features, tokens, list(start))):
                 longer: dict[tuple, float] = {}
+                if drafter.correction is not None:  # each path has a law of its own
+                    level = likeliest(level, spec.continued)
                 for path, s in level.items():
                     own = estimate
                     if drafter.correction is not None and position:
@@ -64,8 +67,13 @@ def by_definition(drafter: Any, target: Any, features: Any, tokens: Any, spec: D
                 level = longer
                 found |= level
             last |= level
-        boundary = dict(sorted(last.items(), key=lambda item: -item[1])[: spec.width])
-    return dict(sorted(found.items(), key=lambda item: -item[1])[: spec.nodes])
+        boundary = likeliest(last, spec.width)
+    return likeliest(found, spec.nodes)
+
+
+def likeliest(paths: dict[tuple, float], count: int) -> dict[tuple, float]:
+    """Those of the highest scores."""
+    return dict(sorted(paths.items(), key=lambda item: -item[1])[:count])
 
 
 def interpolated(x: float, points: list[float], chances: list[float]) -> float:
@@ -90,15 +98,16 @@ def paths_of(tree: Any, row: int = 0) -> dict[tuple, float]:
     return dict(zip(paths, tree.scores[row, 1:].tolist(), strict=True))
 
 
-def tree_error(drafter: Any, target: Any, pairs: int = 7) -> float:
-    """Largest difference of scores from the definition's; infinite if the paths are other ones."""
+def tree_error(drafter: Any, target: Any, pairs: int = 7, defined: dict[str, int] | None = None) -> float:
+    """Largest difference of scores from the definition's (of a spec with other fields, ``defined``); or infinite."""
     features, tokens = committed(target, pairs)
     drafter.double()
     generator = FalconCandidateGenerator(drafter, target)
     generator.append(features, tokens)
     with torch.no_grad():
         own = paths_of(generator.draft(tokens[:, -1:], max_depth=99))
-    expected = by_definition(drafter, target, features, tokens, generator.shape)
+    spec = dataclasses.replace(generator.shape, **defined or {})
+    expected = by_definition(drafter, target, features, tokens, spec)
     if set(own) != set(expected):
         return math.inf
     return max(abs(own[path] - expected[path]) for path in own)
@@ -118,11 +127,12 @@ def test_the_tree_is_the_best_paths(tiny_target, tiny_drafter, block_size, fusio
 @pytest.mark.parametrize("calibrate", [False, True])
 @pytest.mark.parametrize("block_size", [2, 3])
 def test_the_tree_is_the_best_paths_under_corrected_laws(tiny_target, tiny_drafter, block_size, calibrate):
-    """The control: by a definition without the correction other paths are the best."""
+    """The controls: by a definition that continues more nodes, or without the correction, other paths are the best."""
     target = tiny_target(VOCAB)
     spec = LARGE | ({"calibration": calibration(block_size)} if calibrate else {})
     drafter = with_correction(tiny_drafter(target, block_size, "linear", tree=spec, correction_rank=8))
     assert tree_error(drafter, target) < 1e-4
+    assert tree_error(drafter, target, defined={"continued": 4}) == math.inf
     drafter.correct = lambda estimates, _: estimates  # in the definition; the draft corrects the head's products
     assert tree_error(drafter, target) > 1e-2
 

@@ -67,6 +67,7 @@ def random_dynamic_tree(draw: random.Random) -> dict[str, Any]:
         "passes": draw.randint(1, 3),
         "width": draw.randint(1, 5),
         "candidates": draw.randint(1, 10),
+        "continued": draw.randint(1, 5),
         "pass_cost": draw.choice([None, None, 0.1]),
     }
     lookup = {"length": draw.randint(1, 8), "min_match": draw.randint(1, 3)}
