@@ -20,6 +20,7 @@ RESULTS = (
     "mt-bench-bfloat16-greedy",
     "gsm8k-bfloat16-greedy",
     "humaneval-bfloat16-greedy",
+    "out-of-domain-bfloat16-greedy",
     "mt-bench-float32-greedy",
     "gsm8k-float32-greedy",
     "humaneval-float32-greedy",
@@ -36,6 +37,8 @@ COMPARED = (
     "all-gsm8k-bfloat16-greedy",
     "all-humaneval-bfloat16-greedy",
     "all-mt-bench-bfloat16-sampled",
+    "all-gsm8k-bfloat16-sampled",
+    "all-humaneval-bfloat16-sampled",
     "all-mt-bench-float32-greedy",
     "all-mt-bench-float32-sampled",
 )
