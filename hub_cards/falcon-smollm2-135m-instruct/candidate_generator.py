@@ -146,7 +146,7 @@ class FalconCandidateGenerator:
     ) -> DraftTree:
         """A dynamic tree: its shape and its tokens, pass by pass."""
         k, rows, device = self.block_size, root.shape[0], root.device
-        growth = Growth(rows, spec.nodes, device)
+        growth = Growth(rows, spec.nodes, device, None if self.drafter.correction is None else spec.continued)
         boundary = growth.root()
         row = torch.arange(rows, device=device)[:, None]
         seen = torch.ones(rows, 1, 0, dtype=torch.bool, device=device)  # [B, W, blocks of passes but the first]

@@ -78,6 +78,8 @@ class DynamicTree:
         passes: m, drafter passes a round.
         width: n, boundary nodes that each pass but the first continues.
         candidates: b, likeliest tokens of each law that may become nodes.
+        continued: likeliest nodes of a block's level that get children inside the block, where each node has a law of
+            its own to compute (a drafter with a correction; else all have children).
         calibration: how acceptance follows from draft probability; None to take the one for the other.
         pass_cost: the time of a drafter pass over the time of all else in a round, most of which is verification. If
             given, a pass that would not pay is left out, at one device sync a pass; None never stops early and never
@@ -90,6 +92,7 @@ class DynamicTree:
     passes: int = 2
     width: int = 4
     candidates: int = 10
+    continued: int = 5
     calibration: Calibration | None = None
     pass_cost: float | None = None
     batch_nodes: tuple[tuple[int, int], ...] = ()
@@ -108,7 +111,7 @@ class DynamicTree:
                 f"a tree that is no list has kind {KIND!r} and nodes, and may have "
                 f"{', '.join(sorted(known - {'nodes'}))}; got {dict(entry)}."
             )
-        for name in ("nodes", "passes", "width", "candidates"):
+        for name in ("nodes", "passes", "width", "candidates", "continued"):
             value = fields.get(name, 1)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")

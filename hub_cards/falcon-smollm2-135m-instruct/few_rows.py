@@ -30,8 +30,9 @@ from torch.nn import functional as F
 
 from .fused_norms import fused_norm
 from .half_precision import multiplies_fast
-from .native_kernel import DTYPES
-from .native_products import has_native_tiles, native_product, takes_natively, takes_tiles
+from .native_kernel import DTYPES, compiled_kernel
+from .native_linear import NativeLinear
+from .native_products import has_native_tiles, native_product, serves_weight, takes_natively, takes_tiles
 
 MOST_ROWS = 32
 _LEAST_WIDENED_ROWS = 5  # widening a weight costs as much as multiplying four rows with it
@@ -69,10 +70,14 @@ class FewRowProducts:
             vars(module).pop("forward", None)  # another thread's call may have been here first
 
 
-def _cheaper_forward(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:
+def _cheaper_forward(module: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
     if has_other_forward(module):
         return None
-    return functools.partial(_forward, module) if _is_plain(module) else fused_norm(module)
+    if not _is_plain(module):
+        return fused_norm(module)
+    forward, weight = functools.partial(_forward, module), module.weight
+    kernel = compiled_kernel() if is_native_faster(weight) and serves_weight(weight) else None
+    return forward if kernel is None else NativeLinear(module, kernel, MOST_ROWS, forward)
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from .dynamic_tree import DynamicTree
 
 KINDS = ("cheap_rows", "dear_rows")
 # What of a tree follows from the price of a row; how sure the drafter is does not.
-MACHINE_FIELDS = frozenset({"nodes", "passes", "width", "candidates", "pass_cost", "batch_nodes"})
+MACHINE_FIELDS = frozenset({"nodes", "passes", "width", "candidates", "continued", "pass_cost", "batch_nodes"})
 
 
 def is_by_machine(tree: Any) -> bool:

@@ -7,6 +7,7 @@ in AVX2's alone: a CPU with AVX-512 has mostly instructions for it, and then thi
 VECTORS = r"""
 #include <immintrin.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -38,6 +39,7 @@ struct Single {
   typedef wide vec;
   static constexpr int PARTS = 1;
   template <int PART> static vec load(const float* w) { return *(const vec*)w; }
+  static float widened(float value) { return value; }
   static void store(float* y, float value) { *y = value; }
 };
 
@@ -50,6 +52,12 @@ struct Brain {
   template <int PART> static vec load(const uint16_t* w) {
     const bits words = *(const bits*)w;
     return PART == 0 ? (vec)(words << 16) : (vec)(words & 0xffff0000u);
+  }
+  static float widened(uint16_t value) {
+    const uint32_t u = uint32_t(value) << 16;
+    float wide;
+    std::memcpy(&wide, &u, 4);
+    return wide;
   }
   static void store(uint16_t* y, float value) {  // to the nearest, ties to even
     uint32_t u;

@@ -5,8 +5,8 @@ candidates of all are a tree (EAGLE-2's rerank; Sequoia's optimum for given scor
 the one that was found first is taken, and parents are found first.
 
 Inside a block a level is the sums of the level before and the next position's candidates, of which a block keeps the N
-best, more than which cannot survive. Only the best boundary nodes are continued by another
-drafter pass.
+best, more than which cannot survive. Where each node of the level before has a law of its own, only the best of them
+are continued, and only the best boundary nodes by another drafter pass.
 
 ``tests/runtime/test_tree_growth.py`` holds it against brute force. Device syncs: none, except in [`Growth.pays`].
 """
@@ -53,10 +53,11 @@ class Growth:
         rows: B.
         nodes: N, how many are to be kept.
         device: where the scores live.
+        continued: how many nodes of a block's level the next level of the block hangs on; None for all.
     """
 
-    def __init__(self, rows: int, nodes: int, device: torch.device) -> None:
-        self._rows, self._nodes, self._device = rows, nodes, device
+    def __init__(self, rows: int, nodes: int, device: torch.device, continued: int | None = None) -> None:
+        self._rows, self._nodes, self._device, self._continued = rows, nodes, device, continued
         self._scores: list[torch.Tensor] = []
         self._tokens: list[torch.Tensor] = []
         self._parents: list[torch.Tensor] = []
@@ -100,6 +101,8 @@ class Growth:
         parents = boundary.nodes[:, :, None].expand(-1, -1, candidates)
         indices = self._add_level(scores, history, parents, start + 1)
         for level in range(1, levels):
+            # The likeliest come first: by draft probability at the first level, by score further down.
+            scores, indices, history = (part[:, :, : self._continued] for part in (scores, indices, history))
             chances, tokens = laws(level, history[..., -1])
             sums = (scores[:, :, :, None] + _at_most_certain(chances)).flatten(2)
             tokens = tokens.expand(-1, -1, scores.shape[2], -1).flatten(2)

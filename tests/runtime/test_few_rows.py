@@ -23,6 +23,7 @@ PROMPT = torch.tensor([[3, 1, 4, 1, 5]])
 def no_kernel(monkeypatch):
     """As on a machine without a compiler: what there is one for is test_native_products.py's."""
     monkeypatch.setattr(few_rows, "takes_natively", lambda x, weight: False)
+    monkeypatch.setattr(few_rows, "serves_weight", lambda weight: False)
 
 
 @pytest.fixture

@@ -14,9 +14,10 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from falcon_hf.runtime import fused_norms
 from falcon_hf.runtime.few_rows import FewRowProducts
-from falcon_hf.runtime.fused_norms import fused_norm
+from falcon_hf.runtime.fused_norms import NativeNorm, fused_norm
 
 from .helpers import drawn, prompt_ids
+from .test_native_products import SERVED
 
 
 def norm(kind: type[nn.Module] = LlamaRMSNorm, size: int = 24, epsilon: float = 1e-5) -> nn.Module:
@@ -26,16 +27,18 @@ def norm(kind: type[nn.Module] = LlamaRMSNorm, size: int = 24, epsilon: float = 
 
 
 @pytest.mark.parametrize("kind", [LlamaRMSNorm, Qwen3RMSNorm])
-@pytest.mark.parametrize("shape", [(1, 4, 24), (2, 3, 5, 24), (24,)])
+@pytest.mark.parametrize("shape", [(1, 4, 24), (2, 3, 5, 24), (24,), (1, 4, 48), (2, 3, 5, 48), (48,)])
+@torch.no_grad()
 def test_the_same_numbers(kind, shape):
-    module = norm(kind)
+    module = norm(kind, shape[-1])
     forward = fused_norm(module)
+    assert (type(forward) is NativeNorm) is (SERVED and shape[-1] == 48)
     for scale in (1e-4, 1, 1e3):  # the least is where epsilon counts
         x = scale * drawn(*shape)
         exact = module.double()(x.double())
         module.float()
         assert torch.allclose(forward(x).double(), exact, rtol=1e-6, atol=1e-7 * scale)
-        other = norm(kind, epsilon=1e-2)
+        other = norm(kind, shape[-1], epsilon=1e-2)
         assert scale > 1e-4 or not torch.allclose(fused_norm(other)(x).double(), exact, rtol=1e-2)  # the control
 
 
@@ -102,6 +105,60 @@ def test_other_norms_and_other_dtypes_stay_their_own():
         assert fused_norm(other) is None, type(other)
 
 
+class LateRMSNorm(LlamaRMSNorm):
+    """Rounds once, after the weight."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        wide = hidden_states.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return (self.weight * wide).to(hidden_states.dtype)
+
+
+needs_kernel = pytest.mark.skipif(not SERVED, reason="the kernel needs Linux, AVX2 and a C++ compiler")
+
+
+@needs_kernel
+@pytest.mark.parametrize("shape", [(1, 16, 48), (2, 3, 5, 64), (576,)])
+@torch.no_grad()
+def test_half_precision_is_rounded_where_the_family_rounds(shape):
+    module = norm(size=shape[-1]).bfloat16()
+    forward = fused_norm(module)
+    assert type(forward) is NativeNorm
+    for scale in (1e-4, 1, 1e3):
+        x = (scale * drawn(*shape)).bfloat16()
+        ours, theirs = forward(x), module(x)
+        assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+        assert (ours == theirs).float().mean() > 0.98  # the sum's order decides the others
+        torch.testing.assert_close(ours, theirs)
+        late = LateRMSNorm.forward(module, x)
+        assert (late == theirs).float().mean() < 0.9  # the control
+    late = norm(LateRMSNorm, 48)
+    assert fused_norm(late) is not None
+    assert fused_norm(late.bfloat16()) is None
+    assert fused_norm(norm(GemmaRMSNorm, 48).bfloat16()) is None
+
+
+@needs_kernel
+def test_whatever_else_a_norm_may_be_given_is_its_own():
+    module = norm(size=48)
+    forward, apart = fused_norm(module), drawn(4, 96)[:, ::2]
+    for x in (drawn(4, 48).bfloat16(), drawn(4, 48).double(), drawn(2000, 48), drawn(0, 48), apart):
+        assert torch.equal(forward(x), module(x))
+    assert forward(drawn(4, 48)).requires_grad
+    with torch.no_grad():
+        for x in (drawn(4, 32), drawn(4, 48).to("meta")):
+            with pytest.raises(RuntimeError):  # as torch says
+                forward(x)
+        module.weight.data = module.weight.data.double()
+        assert forward(drawn(4, 48)).dtype == torch.float64
+
+
+def test_without_the_kernel_float32_is_torchs_own_operation(monkeypatch):
+    monkeypatch.setattr(fused_norms, "compiled_kernel", lambda: None)
+    assert type(fused_norm(norm(size=48))) is functools.partial
+    assert fused_norm(norm(size=48).bfloat16()) is None
+
+
 def test_another_default_dtype_does_not_hide_a_difference():
     class UntriedRMSNorm(OtherRMSNorm):
         pass
@@ -129,13 +186,14 @@ def test_a_norm_with_a_forward_of_its_own_keeps_it():
 
 def test_trees_are_verified_with_them_and_plain_decoding_is_not(tiny_target, tiny_drafter, monkeypatch):
     rows: list[int] = []
-    own = fused_norms._forward
+    own, native = fused_norms._forward, NativeNorm.__call__
 
     def noting(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         rows.extend(x.shape[1:2] if x.dim() == 3 else [])  # tried with two dimensions
-        return own(module, x)
+        return native(module, x) if isinstance(module, NativeNorm) else own(module, x)
 
     monkeypatch.setattr(fused_norms, "_forward", noting)
+    monkeypatch.setattr(NativeNorm, "__call__", noting)
     target = copy.deepcopy(tiny_target(24))
     plain = target.generate(prompt_ids(24, 6), max_new_tokens=12, do_sample=False)
     assert rows == []

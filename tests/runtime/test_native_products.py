@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import shutil
 import subprocess
@@ -13,12 +12,11 @@ import torch
 from torch.nn import functional as F
 
 from falcon_hf.runtime import few_rows, native_kernel, native_products
-from falcon_hf.runtime.few_rows import FewRowProducts, few_row_linear
+from falcon_hf.runtime.few_rows import few_row_linear
 from falcon_hf.runtime.native_products import has_native_products, native_product, takes_natively, takes_tiles
 
 from .helpers import drawn
 
-PROMPT = torch.tensor([[3, 1, 4, 1, 5]])
 # Elsewhere there is nothing to test here but that products are made without it, which test_few_rows.py holds.
 HAS_AVX2 = sys.platform == "linux" and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
@@ -264,23 +262,3 @@ def test_a_cpu_without_amx_makes_no_kernel_to_look_for_tiles(unmade, monkeypatch
     monkeypatch.setattr(native_products, "_has_amx", lambda: False)
     assert not native_products.has_native_tiles()
     assert not unmade.exists()
-
-
-def test_generation_drafts_and_verifies_with_it_but_prefills_as_generate_does(monkeypatch, tiny_target, tiny_drafter):
-    target = copy.deepcopy(tiny_target(24))
-    drafter = tiny_drafter(target, 2, "linear")
-    calls: list[int] = []
-
-    def noting(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        calls.append(x.shape[0])
-        return native_product(x, weight)
-
-    monkeypatch.setattr(few_rows, "native_product", noting)
-    plain = target.generate(PROMPT, max_new_tokens=12, do_sample=False)
-    assert calls == []
-    assert torch.equal(target.generate(PROMPT, assistant_model=drafter, max_new_tokens=12, do_sample=False), plain)
-    assert len(calls) > 12 * target.config.num_hidden_layers
-    calls.clear()
-    with FewRowProducts(target):  # plain decoding with these products
-        assert torch.equal(target.generate(PROMPT, max_new_tokens=12, do_sample=False), plain)
-    assert set(calls) == {1, PROMPT.shape[1]}

@@ -35,6 +35,7 @@ from typing import Any
 import torch
 from huggingface_hub.constants import HF_HOME
 
+from .native_norms import NORMS
 from .native_tiles import TILES
 from .native_vectors import VECTORS
 
@@ -73,28 +74,43 @@ extern "C" void falcon_few_rows(const void* const* values, void* const* ys, cons
   float* const wide = aligned(room);
   const uint16_t* narrow = (const uint16_t*)x;
   for (long i = 0; i < rows * n; i += 16)
-    for (int lane = 0; lane < 16; lane++) {
-      const uint32_t u = uint32_t(narrow[i + lane]) << 16;
-      std::memcpy(&wide[i + (lane % 2) * 8 + lane / 2], &u, 4);
-    }
+    for (int lane = 0; lane < 16; lane++) wide[i + (lane % 2) * 8 + lane / 2] = Brain::widened(narrow[i + lane]);
   multiply<Brain>(weights, wide, n, rows, threads);
+}
+
+extern "C" void falcon_one_weight(const void* values, void* y, long outputs, const void* x, long n, int rows,
+                                  int is_brain, int threads) {
+  falcon_few_rows(&values, &y, &outputs, 1, x, n, rows, is_brain, threads);
+}
+
+// y [rows, n] of x [rows, n] and a weight [n]; n is a multiple of 16.
+extern "C" void falcon_rms_norm(const void* x, const void* weight, void* y, long n, long rows, float epsilon,
+                                int is_brain) {
+  typedef const uint16_t* narrow;
+  typedef const float* wide;
+  if (is_brain) return normalise<Brain>((narrow)x, (narrow)weight, (uint16_t*)y, n, rows, epsilon);
+  normalise<Single>((wide)x, (wide)weight, (float*)y, n, rows, epsilon);
 }
 """
 
-SOURCE = f"{VECTORS}{TILES}{ENTRY}"
+SOURCE = f"{VECTORS}{TILES}{NORMS}{ENTRY}"
 SOURCE_HASH = hashlib.sha256(f"{SOURCE}{_FLAGS}".encode()).hexdigest()[:16]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed by identity
 class Kernel:
     """The compiled library.
 
     Args:
         few_rows: its function.
+        one_weight: the same for one weight.
+        rms_norm: norms of few rows.
         has_tiles: whether it multiplies bfloat16 in tiles here, where a weight's shape allows.
     """
 
     few_rows: Any
+    one_weight: Any
+    rms_norm: Any
     has_tiles: bool
 
 
@@ -104,12 +120,18 @@ def call(kernel: Kernel, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> li
     products = [x.new_empty(rows, weight.shape[0]) for weight in weights]
     if not (rows and count):
         return products
+    kind, threads = DTYPES[x.dtype], torch.get_num_threads()
+    if count == 1:
+        (weight,), (product,) = weights, products
+        outputs = weight.shape[0]
+        kernel.one_weight(weight.data_ptr(), product.data_ptr(), outputs, x.data_ptr(), size, rows, kind, threads)
+        return products
     pointers, sizes = ctypes.c_void_p * count, ctypes.c_long * count
     kernel.few_rows(
         pointers(*(weight.data_ptr() for weight in weights)),
         pointers(*(product.data_ptr() for product in products)),
         sizes(*(weight.shape[0] for weight in weights)),
-        count, x.data_ptr(), size, rows, DTYPES[x.dtype], torch.get_num_threads(),
+        count, x.data_ptr(), size, rows, kind, threads,
     )  # fmt: skip
     return products
 
@@ -193,13 +215,16 @@ def _loaded(library: Path) -> Kernel:
     """
     try:
         opened = ctypes.CDLL(str(library))
-        function, has_tiles = opened.falcon_few_rows, bool(opened.falcon_has_tiles())
+        few_rows, one_weight, rms_norm = opened.falcon_few_rows, opened.falcon_one_weight, opened.falcon_rms_norm
+        has_tiles = bool(opened.falcon_has_tiles())
     except AttributeError as error:
         raise OSError(f"{library} has no such function") from error
-    function.restype = None
-    pointer, number = ctypes.c_void_p, ctypes.c_int
-    function.argtypes = [pointer, pointer, pointer, number, pointer, ctypes.c_long, number, number, number]
-    kernel = Kernel(function, has_tiles)
+    few_rows.restype = one_weight.restype = rms_norm.restype = None
+    pointer, number, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
+    few_rows.argtypes = [pointer, pointer, pointer, number, pointer, long, number, number, number]
+    one_weight.argtypes = [pointer, pointer, long, pointer, long, number, number, number]
+    rms_norm.argtypes = [pointer, pointer, pointer, long, long, ctypes.c_float, number]
+    kernel = Kernel(few_rows, one_weight, rms_norm, has_tiles)
     with torch.device("cpu"):  # whatever the user's default is
         for dtype, size, rows in itertools.product(DTYPES, (48, 64), (8, 25)):  # vectors, and tiles of all kinds
             weight = (torch.arange(57 * size) % 7 - 3.0).view(57, size).to(dtype)

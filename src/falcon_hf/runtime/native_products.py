@@ -41,15 +41,23 @@ def takes_natively(x: torch.Tensor, weight: torch.Tensor) -> bool:
     Not while a compiler traces, nor where a tensor is a subclass: those see operations, not memory.
     """
     return (
-        weight.dtype in DTYPES
-        and weight.dim() == 2
-        and _fits(x, weight)
-        and weight.shape[1] % MULTIPLE == 0
-        and weight.is_contiguous()
+        _fits(x, weight)
         and type(x) in _PLAIN
-        and type(weight) in _PLAIN
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         and not torch.compiler.is_compiling()
+        and serves_weight(weight)
+    )
+
+
+def serves_weight(weight: torch.Tensor) -> bool:
+    """Whether the kernel multiplies rows of its dtype with ``weight [O, I]``; it is compiled when first asked for."""
+    return (
+        weight.dtype in DTYPES
+        and weight.dim() == 2
+        and weight.device.type == "cpu"
+        and weight.shape[1] % MULTIPLE == 0
+        and weight.is_contiguous()
+        and type(weight) in _PLAIN
         and has_native_products()
     )
 

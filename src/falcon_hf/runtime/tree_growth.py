@@ -5,8 +5,8 @@ candidates of all are a tree (EAGLE-2's rerank; Sequoia's optimum for given scor
 the one that was found first is taken, and parents are found first.
 
 Inside a block a level is the sums of the level before and the next position's candidates, of which a block keeps the N
-best, more than which cannot survive. Where each node of the level before has a law of its own, only the best of them are
-continued, and only the best boundary nodes by another drafter pass.
+best, more than which cannot survive. Where each node of the level before has a law of its own, only the best of them
+are continued, and only the best boundary nodes by another drafter pass.
 
 ``tests/runtime/test_tree_growth.py`` holds it against brute force. Device syncs: none, except in [`Growth.pays`].
 """
