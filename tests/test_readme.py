@@ -40,6 +40,7 @@ COMPARED = (
     "all-gsm8k-bfloat16-sampled",
     "all-humaneval-bfloat16-sampled",
     "all-mt-bench-float32-greedy",
+    "all-gsm8k-float32-greedy",
     "all-mt-bench-float32-sampled",
 )
 

@@ -109,8 +109,7 @@ class NativeNorm:
             or torch.is_autocast_enabled("cpu")
             or torch.compiler.is_compiling()
         ):
-            output: torch.Tensor = type(self._module).forward(self._module, hidden_states)
-            return output
+            return _forward(self._module, hidden_states)
         y = torch.empty_like(hidden_states)
         self._normalise(
             hidden_states.data_ptr(), weight.data_ptr(), y.data_ptr(), self._size, numbers // self._size,
@@ -120,7 +119,7 @@ class NativeNorm:
 
 
 def _forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    if hidden_states.dtype != torch.float32:
+    if not hidden_states.dtype == module.weight.dtype == torch.float32:
         output: torch.Tensor = type(module).forward(module, hidden_states)
         return output
     return F.rms_norm(hidden_states, module.weight.shape, module.weight, module.variance_epsilon)

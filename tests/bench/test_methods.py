@@ -390,6 +390,7 @@ def test_plain_native_is_plain_by_other_products(chat_target: Any, ids: torch.Te
         calls.append(x.shape[0])
         return (x.double() @ weight.double().t()).to(x.dtype)
 
+    monkeypatch.setattr(few_rows, "serves_weight", lambda weight: False)  # as without a compiler here
     monkeypatch.setattr(few_rows, "takes_natively", lambda x, weight: True)
     monkeypatch.setattr(few_rows, "native_product", product)
     monkeypatch.setattr(plain_native, "has_native_products", lambda: True)
