@@ -42,6 +42,7 @@ COMPARED = (
     "all-mt-bench-float32-greedy",
     "all-gsm8k-float32-greedy",
     "all-mt-bench-float32-sampled",
+    "native-mt-bench-bfloat16-greedy",
 )
 
 # Those of docs/ablations.md: small drafters, trained alike.
