@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .native_kernel import DTYPES, MULTIPLE, Kernel, compiled_kernel
+from .native_kernel import DTYPES, MULTIPLE, Kernel, compiled_kernel, is_readable
 
 _MOST_NUMBERS = 1 << 16  # above, an operation's call costs little, and torch's have threads
 _TRIED = 48  # numbers a row in a trial
@@ -99,15 +99,10 @@ class NativeNorm:
         weight, numbers = self._module._parameters["weight"], hidden_states.numel()
         if (
             not 0 < numbers <= _MOST_NUMBERS
-            or type(hidden_states) is not torch.Tensor
-            or hidden_states.dtype is not self._dtype
-            or weight.dtype is not self._dtype
             or hidden_states.shape[-1] != self._size
             or weight.shape[0] != self._size
-            or not (hidden_states.is_cpu and hidden_states.is_contiguous() and weight.is_cpu and weight.is_contiguous())
-            or (torch.is_grad_enabled() and (weight.requires_grad or hidden_states.requires_grad))
-            or torch.is_autocast_enabled("cpu")
-            or torch.compiler.is_compiling()
+            or weight.dtype is not self._dtype
+            or not is_readable(hidden_states, weight)
         ):
             return _forward(self._module, hidden_states)
         y = torch.empty_like(hidden_states)

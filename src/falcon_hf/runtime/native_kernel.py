@@ -114,24 +114,36 @@ class Kernel:
     has_tiles: bool
 
 
+def is_readable(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the library may read ``x`` and a layer's ``weight``: whole in a CPU's memory, and of one dtype.
+
+    Not where gradients, autocast or a compiler want to see an operation.
+    """
+    return (
+        type(x) is torch.Tensor
+        and x.dtype is weight.dtype
+        and x.is_cpu
+        and weight.is_cpu
+        and x.is_contiguous()
+        and weight.is_contiguous()
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
 def call(kernel: Kernel, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Multiply ``x`` ``[R, I]`` with each weight ``[O, I]``: all of one dtype of ``DTYPES``, contiguous, on a CPU."""
     (rows, size), count = x.shape, len(weights)
     products = [x.new_empty(rows, weight.shape[0]) for weight in weights]
     if not (rows and count):
         return products
-    kind, threads = DTYPES[x.dtype], torch.get_num_threads()
-    if count == 1:
-        (weight,), (product,) = weights, products
-        outputs = weight.shape[0]
-        kernel.one_weight(weight.data_ptr(), product.data_ptr(), outputs, x.data_ptr(), size, rows, kind, threads)
-        return products
     pointers, sizes = ctypes.c_void_p * count, ctypes.c_long * count
     kernel.few_rows(
         pointers(*(weight.data_ptr() for weight in weights)),
         pointers(*(product.data_ptr() for product in products)),
         sizes(*(weight.shape[0] for weight in weights)),
-        count, x.data_ptr(), size, rows, kind, threads,
+        count, x.data_ptr(), size, rows, DTYPES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return products
 

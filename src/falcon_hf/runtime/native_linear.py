@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .native_kernel import DTYPES, Kernel
+from .native_kernel import DTYPES, Kernel, is_readable
 
 
 class NativeLinear:
@@ -42,15 +42,10 @@ class NativeLinear:
         rows = x.numel() // size
         if (
             not 0 < rows <= self._most_rows
-            or type(x) is not torch.Tensor
-            or x.dtype is not self._dtype
-            or weight.dtype is not self._dtype
             or x.shape[-1] != size
             or weight.shape != self._shape
-            or not (x.is_cpu and x.is_contiguous() and weight.is_cpu and weight.is_contiguous())
-            or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-            or torch.is_autocast_enabled("cpu")
-            or torch.compiler.is_compiling()
+            or weight.dtype is not self._dtype
+            or not is_readable(x, weight)
         ):
             return self._otherwise(x)
         y = x.new_empty((*x.shape[:-1], outputs))
