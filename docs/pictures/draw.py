@@ -11,6 +11,9 @@ from matplotlib import rcParams
 from matplotlib.figure import Figure
 
 from falcon_hf import TreeShape
+from falcon_hf.bench.plots import acceptance_by_depth, round_time, speed_against_length, speed_by_task
+from falcon_hf.bench.report import names
+from falcon_hf.bench.result_file import read_result
 from falcon_hf.runtime.modeling_falcon_drafter import relaxed_causal_mask
 from falcon_hf.tuning.check_file import read_check
 from falcon_hf.tuning.pictures import draw_sweep
@@ -176,9 +179,58 @@ def training() -> None:
     save(figure, "training")
 
 
+def results() -> None:
+    """The shipped drafter's greedy runs in bfloat16: all sets together, and MT-Bench from every side."""
+    sets = {"MT-Bench": "mt-bench", "GSM8K": "gsm8k", "HumanEval": "humaneval", "out of domain": "out-of-domain"}
+    read = {title: read_result(DRAFTER / "benchmarks" / f"{name}-bfloat16-greedy.json") for title, name in sets.items()}
+    figure = speed_by_set(read)
+    save(figure, "speed_by_set")
+    result = read["MT-Bench"]
+    (name,) = names([result])
+    figure = speed_by_task(result, name)
+    save(figure, "speed_by_task")
+    figure = acceptance_by_depth(result, name)
+    save(figure, "acceptance_by_depth")
+    figure = round_time(result, name)
+    save(figure, "round_time")
+    figure = speed_against_length(result, name)
+    save(figure, "speed_against_length")
+
+
+def speed_by_set(results: dict[str, dict[str, Any]]) -> Figure:
+    """Bars of the median speed over plain decoding with quartiles: a group a set of questions, a colour a method."""
+    methods = {
+        "plain_compiled": "plain, compiled", "falcon": "Falcon", "falcon_compiled": "Falcon, compiled"
+    }  # fmt: skip
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for index, (label, title) in enumerate(methods.items()):
+        speeds = [result["summary"][label]["speed_ratio"] for result in results.values()]
+        medians = [speed["median"] for speed in speeds]
+        below = [speed["median"] - speed["lower_quartile"] for speed in speeds]
+        above = [speed["upper_quartile"] - speed["median"] for speed in speeds]
+        x = [place + 0.28 * (index - 1) for place in range(len(speeds))]
+        axes.bar(
+            x, medians, 0.26, color=COLOURS[index], label=title, yerr=[below, above],
+            error_kw={"elinewidth": 1, "capsize": 2, "ecolor": "#444444"},
+        )  # fmt: skip
+        for place, median in zip(x, medians, strict=True):
+            axes.text(place, 0.08, f"{median:.2f}x", ha="center", fontsize=8, color="white", weight="bold")
+    axes.axhline(1.0, color="black", linewidth=1, linestyle="--")
+    counts = [result["settings"]["questions"]["count"] for result in results.values()]
+    ticks = [f"{title}\n{count} questions" for title, count in zip(results, counts, strict=True)]
+    axes.set_xticks(range(len(results)), ticks, fontsize=9)
+    axes.set_ylabel("speed over plain generate()", fontsize=9)
+    axes.set_title("Greedy, bfloat16, two CPU cores with AMX: median and quartiles over questions", fontsize=10)
+    axes.spines[["right", "top"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False, ncols=3, loc="upper left")
+    return figure
+
+
 if __name__ == "__main__":
     masks()
     trees()
     verification()
     sweep()
     training()
+    results()

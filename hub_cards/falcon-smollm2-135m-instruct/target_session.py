@@ -170,7 +170,7 @@ class TargetSession:
             compiled |= self._forward != self.target.__call__  # llama4 gives that
         if compiled:
             # A graph is made once, so it is rewritten instead.
-            self._few_rows = TreeGraphs(self.target)
+            self._few_rows = TreeGraphs(self.target.device)
             self._shared_heads = contextlib.nullcontext()
 
     def _wanted_states(self, generation_config: Any) -> bool | list[int]:

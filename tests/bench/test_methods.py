@@ -22,7 +22,9 @@ from falcon_hf.bench.methods import METHODS, MethodContext, build_method, parse_
 from falcon_hf.bench.methods.base import until_end
 from falcon_hf.bench.methods.compiling import CompileError
 from falcon_hf.bench.methods.falcon import FIELDS
-from falcon_hf.runtime import few_rows
+from falcon_hf.runtime import few_rows, native_product_graphs
+
+from ..runtime.test_native_products import SERVED
 
 OPTIONS = {"do_sample": False, "max_new_tokens": 20}
 
@@ -60,7 +62,7 @@ def test_labels_are_parsed() -> None:
         (
             "plain,eagle",
             "Unknown method 'eagle'; known: assistant, falcon, falcon_compiled, plain, plain_compiled, plain_native, "
-            "prompt_lookup",
+            "plain_native_compiled, prompt_lookup",
         ),
         ("plain,plain", "plain is given twice"),
         ("plain:tokens=3", "plain has no setting 'tokens=3'; it has: none"),
@@ -425,6 +427,28 @@ def test_plain_compiled_says_when_nothing_was_compiled(chat_target: Any, ids: to
     target.generation_config.disable_compile = True
     with pytest.raises(CompileError, match="does not compile this target"):
         build_method("plain_compiled", MethodContext(target)).generate(ids, OPTIONS)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SERVED, reason="the kernel needs Linux, AVX2 and a C++ compiler")
+def test_plain_native_compiled_is_plain_compiled_with_our_products(chat_target: Any, monkeypatch: Any) -> None:
+    target, calls = copy.deepcopy(chat_target), []
+    own = native_product_graphs.native_products
+    monkeypatch.setattr(
+        native_product_graphs, "native_products", lambda x, weights: [calls.append(x.shape[0]), own(x, weights)][1]
+    )
+    ours, torchs = (build_method(name, MethodContext(target)) for name in ("plain_native_compiled", "plain_compiled"))
+    plain = build_method("plain", MethodContext(chat_target))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for method in (ours, torchs):
+        method.prepare(60)
+    for prompt in prompts(12, 5):  # in turn: each has a graph, which the other leaves alone
+        for method, multiplied in ((torchs, False), (ours, True)):
+            before = len(calls)
+            assert method.generate(prompt, OPTIONS).tokens == plain.generate(prompt, OPTIONS).tokens
+            assert (len(calls) > before) is multiplied
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
 @pytest.mark.slow

@@ -117,12 +117,14 @@ def test_several_results_have_names_of_their_own(result: dict[str, Any]) -> None
         assert len(row(report, name, "falcon")) == 4
 
 
-def test_a_batchs_size_is_in_its_name(result: dict[str, Any]) -> None:
-    batched = copy.deepcopy(result)
+def test_a_batchs_size_and_turns_are_in_its_name(result: dict[str, Any]) -> None:
+    batched, turned = copy.deepcopy(result), copy.deepcopy(result)
     batched["settings"]["batch_size"] = 4
-    report = render([result, batched])
+    turned["settings"]["questions"]["turns"] = 2
+    report = render([result, batched, turned])
     assert row(report, "mt_bench, bfloat16, greedy", "plain")
     assert row(report, "mt_bench, bfloat16, greedy, batches of 4", "plain")
+    assert row(report, "mt_bench, bfloat16, greedy, up to 2 turns", "plain")
 
 
 def test_decoding_names_every_option() -> None:
@@ -246,4 +248,4 @@ def test_turns_and_batches_are_named(result: dict[str, Any]) -> None:
     report = render([result])
     assert "up to 2 turns of 2 questions" in report
     assert "batches of 4" in report
-    assert row(report, "mt_bench, bfloat16, greedy, batches of 4", "falcon", "82, turn 2")
+    assert row(report, "mt_bench, bfloat16, greedy, batches of 4, up to 2 turns", "falcon", "82, turn 2")

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from falcon_hf.runtime import few_rows
+from falcon_hf.runtime import few_rows, fused_norms
 from falcon_hf.runtime.few_rows import FewRowProducts, few_row_linear
 
 from .helpers import drawn
@@ -23,7 +23,8 @@ PROMPT = torch.tensor([[3, 1, 4, 1, 5]])
 def no_kernel(monkeypatch):
     """As on a machine without a compiler: what there is one for is test_native_products.py's."""
     monkeypatch.setattr(few_rows, "takes_natively", lambda x, weight: False)
-    monkeypatch.setattr(few_rows, "serves_weight", lambda weight: False)
+    for module in (few_rows, fused_norms):
+        monkeypatch.setattr(module, "compiled_kernel", lambda: None)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from falcon_hf.runtime import few_rows
 from falcon_hf.runtime.few_rows import MOST_ROWS, FewRowProducts
@@ -87,6 +88,38 @@ def test_a_weight_that_has_become_another_is_not_read_as_it_was(change):
     x = drawn(4, layer.weight.shape[1]).to(layer.weight.dtype)
     assert torch.equal(forward(x), F.linear(x, layer.weight))
     assert len(left) == 1
+
+
+@torch.no_grad()
+def test_a_weight_that_has_become_a_subclass_is_not_read():
+    layer = layer_of(32, 40)
+    forward, left = native(layer)
+    own = layer.weight
+    layer.weight = nn.Parameter(own.as_subclass(Subclass))  # as quantising in place does
+    assert type(layer.weight) is Subclass
+    forward(drawn(4, 32))
+    assert len(left) == 1
+    layer.weight = own  # the control
+    forward(drawn(4, 32))
+    assert len(left) == 1
+
+
+@torch.no_grad()
+def test_a_compiler_that_traces_sees_torchs_operations(monkeypatch):
+    forward, left = native(layer_of(32, 40))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    forward(drawn(4, 32))
+    assert len(left) == 1
+
+
+@torch.no_grad()
+def test_a_pruned_bias_is_added():
+    layer = layer_of(32, 40, bias=True)
+    prune.l1_unstructured(layer, "bias", amount=0.5)
+    x = drawn(4, 32)
+    with FewRowProducts(layer):
+        assert torch.allclose(layer(x), F.linear(x, layer.weight, layer.bias), atol=1e-5)
+        assert not torch.allclose(layer(x), F.linear(x, layer.weight), atol=1e-5)  # the control
 
 
 def test_a_model_is_lent_them_for_weights_that_the_kernel_takes():

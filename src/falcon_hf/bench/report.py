@@ -58,14 +58,16 @@ _SPEED_NOTE = (
 
 
 def names(results: Sequence[Result]) -> list[str]:
-    """A short name for each result: questions, dtype, decoding, batch; numbered where two would share it."""
+    """A short name for each result: questions, dtype, decoding, batch, turns; numbered where two would share it."""
     names = []
     for result in results:
         settings = result["settings"]
         stem = Path(settings["questions"]["file"]).stem
         batch = settings.get("batch_size", 1)
         batched = f", batches of {batch}" if batch > 1 else ""
-        names.append(f"{stem}, {settings['target']['dtype']}, {decoding(settings['options'])}{batched}")
+        turns = settings["questions"]["turns"]
+        turned = f", {_turns(turns)}" if turns > 1 else ""
+        names.append(f"{stem}, {settings['target']['dtype']}, {decoding(settings['options'])}{batched}{turned}")
     for name in {name for name in names if names.count(name) > 1}:
         for number, index in enumerate([i for i, other in enumerate(names) if other == name], start=1):
             names[index] = f"{name} ({number})"

@@ -42,7 +42,7 @@ _SLICE_BYTES = 1 << 22  # of a widened weight: stays in a CPU's cache between be
 
 
 class FewRowProducts:
-    """While entered, a model's linear layers multiply by [`few_row_linear`], its norms by [`fused_norm`].
+    """While entered, a model's linear layers multiply by the kernel or [`few_row_linear`], its norms by [`fused_norm`].
 
     Modules are left alone where they are quantised, not torch's own, or have been given another forward (hooks,
     compilation), and all of a compiled model's, whose graph would be made anew.
@@ -76,7 +76,9 @@ def _cheaper_forward(module: Any) -> Callable[[torch.Tensor], torch.Tensor] | No
     if not _is_plain(module):
         return fused_norm(module)
     forward, weight = functools.partial(_forward, module), module.weight
-    kernel = compiled_kernel() if is_native_faster(weight) and serves_weight(weight) else None
+    if not is_native_faster(weight) or not serves_weight(weight) or "bias" not in module._parameters:  # pruned away
+        return forward
+    kernel = compiled_kernel()
     return forward if kernel is None else NativeLinear(module, kernel, MOST_ROWS, forward)
 
 

@@ -1,4 +1,4 @@
-"""A kernel for products of weights with few rows, ``x W^T``, that a C++ compiler makes on this machine.
+"""A kernel for products of weights with few rows, ``x W^T``, and their norms, that a C++ compiler makes here.
 
 A forward over the nodes of a tree, or over one token, reads every weight once and computes little with it. BLAS takes
 up to three times as long as the reading does. The kernel reads each weight at the memory's speed, ahead of its use, and
@@ -115,12 +115,13 @@ class Kernel:
 
 
 def is_readable(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the library may read ``x`` and a layer's ``weight``: whole in a CPU's memory, and of one dtype.
+    """Whether the library may read ``x`` and a module's ``weight``: whole in a CPU's memory, and of one dtype.
 
     Not where gradients, autocast or a compiler want to see an operation.
     """
     return (
         type(x) is torch.Tensor
+        and type(weight) is torch.nn.Parameter  # a quantised one's memory is no weight
         and x.dtype is weight.dtype
         and x.is_cpu
         and weight.is_cpu
@@ -241,7 +242,10 @@ def _loaded(library: Path) -> Kernel:
         for dtype, size, rows in itertools.product(DTYPES, (48, 64), (8, 25)):  # vectors, and tiles of all kinds
             weight = (torch.arange(57 * size) % 7 - 3.0).view(57, size).to(dtype)
             x = (torch.arange(rows * size) % 5 - 2.0).view(rows, size).to(dtype)  # whole numbers: their sums are exact
-            (y,) = call(kernel, x, [weight])
-            if not torch.equal(y.double(), x.double() @ weight.double().t()):
+            (y,), exact = call(kernel, x, [weight]), x.double() @ weight.double().t()
+            alone = torch.zeros_like(y)
+            threads = torch.get_num_threads()
+            one_weight(weight.data_ptr(), alone.data_ptr(), 57, x.data_ptr(), size, rows, DTYPES[dtype], threads)
+            if not (torch.equal(y.double(), exact) and torch.equal(alone, y)):
                 raise OSError(f"{library} multiplies wrong in {dtype}")
     return kernel

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from transformers import PreTrainedModel
 
 from .few_row_graphs import turn_products
 from .few_rows import MOST_ROWS, PADDED_ROWS, native_dtypes
@@ -33,11 +32,11 @@ class TreeGraphs:
     rewritten as well: numbers are the same but for the order of sums.
 
     Args:
-        model: nothing happens unless it is on a CPU.
+        device: nothing happens unless it is a CPU.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._wanted = model.device.type == "cpu"
+    def __init__(self, device: torch.device) -> None:
+        self._wanted = device.type == "cpu"
 
     def __enter__(self) -> None:
         if not self._wanted:
