@@ -23,6 +23,7 @@ SHIPPED = (
     "gsm8k-bfloat16-greedy",
     "humaneval-bfloat16-greedy",
     "out-of-domain-bfloat16-greedy",
+    "mt-bench-bfloat16-two-turns",
     "mt-bench-float32-greedy",
     "gsm8k-float32-greedy",
     "humaneval-float32-greedy",
@@ -32,7 +33,7 @@ SHIPPED = (
     "mt-bench-float32-penalties",
     "mt-bench-bfloat16-batch4",
 )
-# Other methods, and other drafters too.
+# Other methods, other drafters, and other sizes of the tree.
 COMPARED = (
     "all-mt-bench-bfloat16-greedy",
     "all-gsm8k-bfloat16-greedy",
@@ -42,11 +43,18 @@ COMPARED = (
     "all-humaneval-bfloat16-sampled",
     "all-mt-bench-float32-greedy",
     "all-gsm8k-float32-greedy",
+    "all-humaneval-float32-greedy",
     "all-mt-bench-float32-sampled",
-    "native-mt-bench-bfloat16-greedy",
+    "all-gsm8k-float32-sampled",
+    "all-humaneval-float32-sampled",
+    "sizes-mt-bench-bfloat16-greedy",
 )
 # Small drafters, trained alike.
-ABLATED = ("ablation-mt-bench-bfloat16-greedy", "ablation-gsm8k-bfloat16-greedy")
+ABLATED = (
+    "ablation-mt-bench-bfloat16-greedy",
+    "ablation-gsm8k-bfloat16-greedy",
+    "ablation-humaneval-bfloat16-greedy",
+)
 # The drafter before the shipped one, on another machine.
 EARLIER = (
     "earlier-mt-bench-float32-greedy",

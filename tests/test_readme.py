@@ -54,6 +54,26 @@ def test_results_are_complete_and_float32_is_identical():
                 assert method["compared"] > 0 or "tree" not in result["settings"]["methods"][label], (path.name, label)
 
 
+def test_the_readmes_sentence_is_of_the_results():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    three = r"([\d.]+), ([\d.]+) and ([\d.]+)"
+    said = re.search(
+        rf"In bfloat16 Falcon is {three} times as fast .*?compiled\s{three} times, "
+        rf"where plain .*? is {three} times as fast\. "
+        rf"Each forward of the\starget gives {three} tokens\. None of these 240 questions was slower",
+        readme,
+        flags=re.DOTALL,
+    )
+    assert said is not None
+    folder = write_tables["CARD"] / "benchmarks"
+    stored = [folder / f"{name}-bfloat16-greedy.json" for name in ("mt-bench", "gsm8k", "humaneval")]
+    sets = [read_result(path)["summary"] for path in stored]
+    methods = ("falcon", "falcon_compiled", "plain_compiled")
+    speeds = [f"{one[method]['speed_ratio']['median']:.2f}" for method in methods for one in sets]
+    assert list(said.groups()) == speeds + [f"{one['falcon']['tau_with_bonus']:.1f}" for one in sets]
+    assert all(one[method]["speed_ratio"]["min"] > 1 for one in sets for method in methods[:2])
+
+
 def test_ci_finds_the_test_command():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     command = re.search(r"<!-- test command -->\n```bash\n(.*)\n```", readme)

@@ -61,6 +61,7 @@ class TestPublishedCards:
                 and shown[name, "tau"].dataset_args["options"] == result["settings"]["options"]
                 and shown[name, "tau"].dataset_args["dtype"] == result["settings"]["target"]["dtype"]
                 and shown[name, "tau"].dataset_args["batch_size"] == result["settings"]["batch_size"]
+                and shown[name, "tau"].dataset_args["turns"] == result["settings"]["questions"]["turns"]
             ]
             assert found == [
                 {
@@ -189,7 +190,11 @@ def test_figures_of_other_weights_are_not_this_drafters(tmp_path):
     methods = result["settings"]["methods"]
     methods["k1"] = methods["falcon"] | {"weights_sha256": "cd" * 32}
     result["summary"]["k1"] = result["summary"]["falcon"]
-    for weights, labels in ((methods["falcon"]["weights_sha256"], [""]), ("cd" * 32, [", k1"]), ("ef" * 32, [])):
+    for weights, labels in (
+        (methods["falcon"]["weights_sha256"], ["", ", falcon_compiled"]),
+        ("cd" * 32, [", k1"]),
+        ("ef" * 32, []),
+    ):
         entries = ModelCard(build_card(small_source(results=[result], weights_sha256=weights))).data.eval_results or []
         assert {entry.dataset_config for entry in entries} == {f"float32, greedy{label}" for label in labels}
     folder = tmp_path / "drafter"

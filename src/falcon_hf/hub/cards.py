@@ -181,15 +181,17 @@ def _evaluations(result: dict[str, Any], weights: str) -> list[EvalResult]:
     """Speed, tau and alpha of each method with this drafter, with what they were measured on."""
     settings = result["settings"]
     stem = Path(settings["questions"]["file"]).stem
-    batch = settings.get("batch_size", 1)
+    batch, turns = settings.get("batch_size", 1), settings["questions"]["turns"]
     how = {
         "dtype": settings["target"]["dtype"],
         "options": settings["options"],
         "batch_size": batch,
+        "turns": turns,
         "hardware": f"{processor_name(settings['machine'])}, {settings['machine']['threads']} threads, "
         f"{settings['machine']['device']}",
     }
     config = f"{how['dtype']}, {_decoding(settings['options'])}" + (f", batches of {batch}" if batch > 1 else "")
+    config += f", up to {turns} turns" if turns > 1 else ""
     found = []
     for label, method in settings["methods"].items():
         if method.get("weights_sha256") != weights or label not in result["summary"]:
