@@ -5,34 +5,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from falcon_hf.bench.report import render, update_file
 from falcon_hf.bench.result_file import read_result
 from falcon_hf.cli.publish import render_results
+from falcon_hf.hub.cards import read_recipe, result_files
 from falcon_hf.hub.publish import prepare
 
 ROOT = Path(__file__).parents[1]
 CARD = ROOT / "hub_cards" / "falcon-smollm2-135m-instruct"
 MEASUREMENTS = ROOT / "docs" / "measurements"
 
-# Each in the order of its tables; the card has the order of its recipe.json.
-SHIPPED = (
-    "mt-bench-bfloat16-greedy",
-    "gsm8k-bfloat16-greedy",
-    "humaneval-bfloat16-greedy",
-    "out-of-domain-bfloat16-greedy",
-    "mt-bench-bfloat16-two-turns",
-    "mt-bench-float32-greedy",
-    "gsm8k-float32-greedy",
-    "humaneval-float32-greedy",
-    "out-of-domain-float32-greedy",
-    "mt-bench-bfloat16-sampled",
-    "mt-bench-float32-sampled",
-    "mt-bench-float32-penalties",
-    "mt-bench-bfloat16-batch4",
-)
+# Each in the order of its tables.
 # Other methods, other drafters, and other sizes of the tree.
 COMPARED = (
     "all-mt-bench-bfloat16-greedy",
@@ -77,32 +64,32 @@ class Page:
 
     Attributes:
         path: the file, with the two lines that the tables stand between.
-        folder, names: where the results lie, and which, in the order of the tables.
+        results: the result files, in the order of the tables.
         brief: whether it has one table only.
     """
 
     path: Path
-    folder: Path
-    names: tuple[str, ...]
+    results: list[Path]
     brief: bool = False
-
-    @property
-    def results(self) -> list[Path]:
-        """The result files."""
-        return [self.folder / f"{name}.json" for name in self.names]
 
     def table(self) -> str:
         """What stands between the lines."""
         return render([read_result(path) for path in self.results], self.brief)
 
 
+def measurements(names: Sequence[str]) -> list[Path]:
+    """The files of results that are no card's."""
+    return [MEASUREMENTS / f"{name}.json" for name in names]
+
+
+SHIPPED = result_files(CARD, read_recipe(CARD))
 PAGES = {
-    "README": Page(ROOT / "README.md", CARD / "benchmarks", SHIPPED, brief=True),
-    "results": Page(ROOT / "docs" / "results.md", CARD / "benchmarks", SHIPPED),
-    "card": Page(CARD / "README.md", CARD / "benchmarks", SHIPPED),
-    "comparison": Page(ROOT / "docs" / "comparison.md", MEASUREMENTS, COMPARED),
-    "ablations": Page(ROOT / "docs" / "ablations.md", MEASUREMENTS, ABLATED),
-    "avx2": Page(ROOT / "docs" / "avx2.md", MEASUREMENTS, EARLIER),
+    "README": Page(ROOT / "README.md", SHIPPED, brief=True),
+    "results": Page(ROOT / "docs" / "results.md", SHIPPED),
+    "card": Page(CARD / "README.md", SHIPPED),
+    "comparison": Page(ROOT / "docs" / "comparison.md", measurements(COMPARED)),
+    "ablations": Page(ROOT / "docs" / "ablations.md", measurements(ABLATED)),
+    "avx2": Page(ROOT / "docs" / "avx2.md", measurements(EARLIER)),
 }
 
 if __name__ == "__main__":

@@ -199,9 +199,7 @@ def results() -> None:
 
 def speed_by_set(results: dict[str, dict[str, Any]]) -> Figure:
     """Bars of the median speed over plain decoding with quartiles: a group a set of questions, a colour a method."""
-    methods = {
-        "plain_compiled": "plain, compiled", "falcon": "Falcon", "falcon_compiled": "Falcon, compiled"
-    }  # fmt: skip
+    methods = {"plain_compiled": "plain, compiled", "falcon": "Falcon", "falcon_compiled": "Falcon, compiled"}
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     axes = figure.subplots()
     for index, (label, title) in enumerate(methods.items()):

@@ -434,9 +434,12 @@ def test_plain_compiled_says_when_nothing_was_compiled(chat_target: Any, ids: to
 def test_plain_native_compiled_is_plain_compiled_with_our_products(chat_target: Any, monkeypatch: Any) -> None:
     target, calls = copy.deepcopy(chat_target), []
     own = native_product_graphs.native_products
-    monkeypatch.setattr(
-        native_product_graphs, "native_products", lambda x, weights: [calls.append(x.shape[0]), own(x, weights)][1]
-    )
+
+    def noting(x: torch.Tensor, weights: Any) -> list[torch.Tensor]:
+        calls.append(x.shape[0])
+        return own(x, weights)
+
+    monkeypatch.setattr(native_product_graphs, "native_products", noting)
     ours, torchs = (build_method(name, MethodContext(target)) for name in ("plain_native_compiled", "plain_compiled"))
     plain = build_method("plain", MethodContext(chat_target))
     torch._dynamo.reset()

@@ -24,7 +24,7 @@ from .test_batch import VOCAB
 from .test_static_cache import CROPPABLE
 
 
-def test_the_compilers_settings_are_as_they_were(tiny_target, monkeypatch):
+def test_the_compilers_settings_are_as_they_were(monkeypatch):
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     assert config.post_grad_custom_pre_pass is None
     graphs = TreeGraphs(torch.device("cpu"))
