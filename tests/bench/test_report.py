@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from falcon_hf.bench.errors import BenchError
-from falcon_hf.bench.report import BEGIN, END, decoding, render, update_file, with_report
+from falcon_hf.bench.report import BEGIN, END, render, update_file, with_report
 from falcon_hf.bench.summary import summarise
 
 from .test_summary import PHASED, entry
@@ -125,11 +125,6 @@ def test_a_batchs_size_and_turns_are_in_its_name(result: dict[str, Any]) -> None
     assert row(report, "mt_bench, bfloat16, greedy", "plain")
     assert row(report, "mt_bench, bfloat16, greedy, batches of 4", "plain")
     assert row(report, "mt_bench, bfloat16, greedy, up to 2 turns", "plain")
-
-
-def test_decoding_names_every_option() -> None:
-    options = {"do_sample": False, "max_new_tokens": 3, "repetition_penalty": 1.1, "no_repeat_ngram_size": 3}
-    assert decoding(options) == "greedy, repetition_penalty 1.1, no_repeat_ngram_size 3"
 
 
 def test_tables_without_content_are_left_out(result: dict[str, Any]) -> None:

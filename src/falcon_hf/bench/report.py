@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..processor_name import processor_name
+from ..run_names import processor_name, setting_name, stem_of_questions, turns_name
 from ..whole_files import write_whole
 from . import tables
 from .errors import BenchError
@@ -59,27 +59,11 @@ _SPEED_NOTE = (
 
 def names(results: Sequence[Result]) -> list[str]:
     """A short name for each result: questions, dtype, decoding, batch, turns; numbered where two would share it."""
-    names = []
-    for result in results:
-        settings = result["settings"]
-        stem = Path(settings["questions"]["file"]).stem
-        batch = settings.get("batch_size", 1)
-        batched = f", batches of {batch}" if batch > 1 else ""
-        turns = settings["questions"]["turns"]
-        turned = f", {_turns(turns)}" if turns > 1 else ""
-        names.append(f"{stem}, {settings['target']['dtype']}, {decoding(settings['options'])}{batched}{turned}")
+    names = [f"{stem_of_questions(result['settings'])}, {setting_name(result['settings'])}" for result in results]
     for name in {name for name in names if names.count(name) > 1}:
         for number, index in enumerate([i for i, other in enumerate(names) if other == name], start=1):
             names[index] = f"{name} ({number})"
     return names
-
-
-def decoding(options: dict[str, Any]) -> str:
-    """How tokens are chosen, in words: ``greedy``, ``temperature 0.7, top_p 0.9``."""
-    ruled_out = ("do_sample", "max_new_tokens", "temperature")
-    others = [f"{name} {value}" for name, value in options.items() if name not in ruled_out]
-    first = f"temperature {options.get('temperature', 'as configured')}" if options["do_sample"] else "greedy"
-    return ", ".join([first, *others])
 
 
 def describe(result: Result) -> str:
@@ -110,7 +94,7 @@ def describe(result: Result) -> str:
     parts = [
         f"{target['name']}, {target['dtype']}, {target['attention']} attention",
         f"{where}{processor_name(machine)}, {_counted(machine['threads'], 'thread')}",
-        f"{_turns(questions['turns'])} of {_counted(questions['count'], 'question')} of {questions['file']} "
+        f"{turns_name(questions['turns'])} of {_counted(questions['count'], 'question')} of {questions['file']} "
         f"(sha256 {questions['sha256'][:12]}{', chosen ' + questions['chosen'] if 'chosen' in questions else ''}), "
         f"{settings['options'].get('max_new_tokens', 'default')} new tokens at most, "
         f"{_counted(len(seeds), 'seed')}, {_counted(settings['repeats'], 'repeat')}",
@@ -130,10 +114,6 @@ def _tree(method: dict[str, Any]) -> str:
         return size
     looked_up = method.get("config", {}).get("lookup") is not None
     return f"dynamic {size}{', with look-up' if looked_up else ''}"
-
-
-def _turns(count: int) -> str:
-    return "first turns" if count == 1 else f"up to {count} turns"
 
 
 def _counted(count: int, noun: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..processor_name import processor_name
+from ..run_names import processor_name, setting_name, stem_of_questions
 from ..runtime.configuration_falcon_drafter import FalconDrafterConfig
 from ..runtime.dynamic_tree import DynamicTree
 from ..runtime.machine_trees import MachineTrees
@@ -180,18 +180,15 @@ def is_measured(result: dict[str, Any], weights: str) -> bool:
 def _evaluations(result: dict[str, Any], weights: str) -> list[EvalResult]:
     """Speed, tau and alpha of each method with this drafter, with what they were measured on."""
     settings = result["settings"]
-    stem = Path(settings["questions"]["file"]).stem
-    batch, turns = settings.get("batch_size", 1), settings["questions"]["turns"]
+    stem, config = stem_of_questions(settings), setting_name(settings)
     how = {
         "dtype": settings["target"]["dtype"],
         "options": settings["options"],
-        "batch_size": batch,
-        "turns": turns,
+        "batch_size": settings.get("batch_size", 1),
+        "turns": settings["questions"]["turns"],
         "hardware": f"{processor_name(settings['machine'])}, {settings['machine']['threads']} threads, "
         f"{settings['machine']['device']}",
     }
-    config = f"{how['dtype']}, {_decoding(settings['options'])}" + (f", batches of {batch}" if batch > 1 else "")
-    config += f", up to {turns} turns" if turns > 1 else ""
     found = []
     for label, method in settings["methods"].items():
         if method.get("weights_sha256") != weights or label not in result["summary"]:
@@ -234,13 +231,6 @@ def _told_apart(evaluations: list[EvalResult]) -> list[EvalResult]:
             entry.dataset_config = f"{entry.dataset_config} ({number + 1})"
             entry.dataset_name = f"{entry.dataset_name} ({number + 1})"
     return evaluations
-
-
-def _decoding(options: dict[str, Any]) -> str:
-    rest = ", ".join(
-        f"{name} {value}" for name, value in options.items() if name not in ("do_sample", "max_new_tokens")
-    )
-    return ", ".join(part for part in ("sampled" if options.get("do_sample") else "greedy", rest) if part)
 
 
 def _summary(source: CardSource, target: str) -> str:
