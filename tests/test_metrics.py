@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from falcon_hf.metrics import DifferenceGap, difference_gap, first_difference, identical_share, spread
+from falcon_hf.metrics import DifferenceGap, difference_gap, first_difference, spread
 
 IDS = torch.tensor([[3, 7, 1, 7, 3]])
 
@@ -51,12 +51,6 @@ def test_spread_refuses(values: list[float]) -> None:
 )
 def test_first_difference(a: list[int], b: list[int], expected: int | None) -> None:
     assert first_difference(a, b) == expected
-
-
-def test_identical_share() -> None:
-    assert identical_share([([1, 2], [1, 2]), ([1], [2]), ([1], [1, 1]), ([], [])]) == 0.5
-    with pytest.raises(ValueError, match="no pairs"):
-        identical_share([])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -100,8 +94,39 @@ def test_a_forbidden_token_has_an_infinite_gap(tiny_target: Callable[..., Any]) 
 
 
 def test_length_and_sampling_options_are_left_out(tiny_target: Callable[..., Any]) -> None:
-    options = {"max_new_tokens": 50, "min_new_tokens": 20, "do_sample": True, "temperature": 0.5, "top_p": 0.1}
+    options = {"max_new_tokens": 50, "forced_eos_token_id": 9, "do_sample": True, "temperature": 0.5, "top_p": 0.1}
     assert difference_gap(tiny_target(), IDS, 4, 9, **options) == difference_gap(tiny_target(), IDS, 4, 9)
+
+
+@pytest.mark.parametrize(
+    ("options", "before", "forbidden"),
+    [
+        ({"min_new_tokens": 3}, 2, True),
+        ({"min_new_tokens": 3}, 3, False),
+        ({"min_length": IDS.shape[1] + 1}, 2, True),
+        ({"min_length": IDS.shape[1]}, 2, False),
+        ({"begin_suppress_tokens": [4]}, 0, True),
+        ({"begin_suppress_tokens": [4]}, 1, False),
+    ],
+)
+def test_options_that_count_from_the_prompts_end(
+    tiny_target: Callable[..., Any], options: dict[str, Any], before: int, forbidden: bool
+) -> None:
+    """An end that comes too early is an error, not a tie."""
+    found = difference_gap(tiny_target(), IDS, 4, 9, before, eos_token_id=4, **options)
+    own = difference_gap(tiny_target(), IDS, 4, 9)
+    assert found.gap == (-math.inf if forbidden else own.gap)
+
+
+def test_a_length_penalty_counts_from_the_prompts_end(tiny_target: Callable[..., Any]) -> None:
+    with torch.no_grad():
+        logits = tiny_target()(IDS).logits[0, -1]
+    for before, power in ((2, 0), (5, 2)):
+        found = difference_gap(
+            tiny_target(), IDS, 4, 9, before, eos_token_id=4, exponential_decay_length_penalty=(3, 1.5)
+        )
+        end = float(logits[4]) + abs(float(logits[4])) * (1.5**power - 1)
+        assert found.gap == pytest.approx(end - float(logits[9]), rel=1e-4)
 
 
 @pytest.mark.parametrize("ids", [torch.tensor([1, 2]), torch.ones(2, 3, dtype=torch.long), torch.ones(1, 0)])

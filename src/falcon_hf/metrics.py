@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-# Options that decide when a text ends or how it is drawn, not how one next token is scored.
+# Options that decide when a text ends or how it is drawn, not how one next token is scored; and one that leaves the last
+# token no choice, so that any other is an error.
 _LENGTH_AND_SAMPLING = frozenset(
-    {"max_new_tokens", "max_length", "max_time", "min_new_tokens", "min_length", "stop_strings"}
+    {"max_new_tokens", "max_length", "max_time", "stop_strings", "forced_eos_token_id"}
     | {"do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}
 )
 
@@ -61,17 +62,6 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
     return None if len(a) == len(b) else min(len(a), len(b))
 
 
-def identical_share(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> float:
-    """Share, 0 to 1, of pairs of texts that are identical token for token.
-
-    Raises:
-        ValueError: if there is no pair.
-    """
-    if not pairs:
-        raise ValueError("The share of identical outputs of no pairs is undefined.")
-    return sum(first_difference(a, b) is None for a, b in pairs) / len(pairs)
-
-
 @dataclass(frozen=True)
 class DifferenceGap:
     """How far apart the target sees two tokens.
@@ -92,7 +82,7 @@ class DifferenceGap:
 
 @torch.no_grad()
 def difference_gap(
-    target: PreTrainedModel, ids_before: torch.Tensor, token_a: int, token_b: int, **options: Any
+    target: PreTrainedModel, ids_before: torch.Tensor, token_a: int, token_b: int, new_before: int = 0, **options: Any
 ) -> DifferenceGap:
     """The target's scores of two tokens after the same text: one forward, without a cache from before.
 
@@ -104,7 +94,9 @@ def difference_gap(
         ids_before: ``[1, P]``, prompt and text up to the first difference.
         token_a: what one text goes on with.
         token_b: what the other goes on with.
-        **options: options of ``generate()`` that the texts were made with; those of length and sampling are left out.
+        new_before: how many of ``ids_before`` were generated, for options that count from the prompt's end.
+        **options: options of ``generate()`` that the texts were made with; those that end a text and those of sampling
+            are left out.
 
     Raises:
         ValueError: if ``ids_before`` is not one non-empty row.
@@ -112,8 +104,23 @@ def difference_gap(
     if ids_before.ndim != 2 or ids_before.shape[0] != 1 or ids_before.shape[1] == 0:
         raise ValueError(f"ids_before must be one non-empty row [1, P], got {list(ids_before.shape)}.")
     kept = {name: value for name, value in options.items() if name not in _LENGTH_AND_SAMPLING}
+    kept = _from_here(kept, ids_before.shape[1], new_before)
     fixed = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True, "output_scores": True}
     out = target.generate(ids_before, attention_mask=torch.ones_like(ids_before), **{**kept, **fixed})
     a, b = (float(out.scores[0][0, token]) for token in (token_a, token_b))
     magnitude = max((abs(score) for score in (a, b) if math.isfinite(score)), default=0.0)
     return DifferenceGap(a - b if a != b else 0.0, torch.finfo(target.dtype).eps * magnitude)
+
+
+def _from_here(options: dict[str, Any], length: int, new_before: int) -> dict[str, Any]:
+    """Options for a prompt of ``length`` tokens of which ``new_before`` had been generated: what counted from the prompt."""
+    least_new, least = options.pop("min_new_tokens", None), options.pop("min_length", None)
+    if least_new is not None or least is not None:
+        short = new_before < least_new if least_new is not None else length < least
+        options["min_new_tokens"] = int(short)  # the end is forbidden, or not
+    if new_before:
+        options.pop("begin_suppress_tokens", None)
+    if options.get("exponential_decay_length_penalty") is not None:
+        start, factor = options["exponential_decay_length_penalty"]
+        options["exponential_decay_length_penalty"] = (start - new_before, factor)
+    return options

@@ -1,4 +1,4 @@
-"""Trees in files: our own JSON, path lists of Medusa and EAGLE, and upstream Falcon's. Tuning and bench both read them.
+"""Trees in files: our own JSON, path lists of Medusa and EAGLE, upstream Falcon's; and what a result says of one.
 
 A static tree is a list of paths of child ranks, a dynamic one an object with ``"kind": "dynamic"``. JSON holds the tree
 itself, or an object with a ``tree``; a path without its parent is an error there. In Python files
@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .runtime.dynamic_tree import KIND, DynamicTree
 from .runtime.machine_trees import MachineTrees
 from .runtime.tree_shape import TreeShape
 
@@ -68,6 +69,25 @@ def tree_from_paths(paths: Iterable[Iterable[int]]) -> TreeShape:
     if any(not path for path in given):
         raise ValueError("a path is a non-empty list of ranks from 0 on.")
     return TreeShape.from_paths(whole)
+
+
+def as_paths(shape: TreeShape) -> list[list[int]]:
+    """A static tree as a config or a result holds it."""
+    return [list(path) for path in shape.paths]
+
+
+def describe_tree(tree: TreeShape | DynamicTree, block_size: int) -> dict[str, Any]:
+    """What a result says of a tree: its paths or fields, drafted nodes and depth (of a dynamic one, the most)."""
+    if isinstance(tree, DynamicTree):
+        fields = {"kind": KIND, "nodes": tree.nodes, "passes": tree.passes, "width": tree.width}
+        fields |= {
+            "candidates": tree.candidates,
+            "continued": tree.continued,
+            "calibrated": tree.calibration is not None,
+        }
+        fields["pass_cost"] = tree.pass_cost
+        return {"tree": fields, "tree_nodes": tree.nodes, "tree_depth": tree.depth(block_size)}
+    return {"tree": as_paths(tree), "tree_nodes": tree.size - 1, "tree_depth": tree.depth}
 
 
 def _json_tree(text: str) -> Any:

@@ -250,6 +250,33 @@ def test_dynamic_trees(chat_target: Any, drafter_path: Path, tmp_path: Path, ids
         build_method(f"falcon:tree={path}", context)
 
 
+def test_trees_that_differ_in_anything_have_another_hash(chat_target: Any, drafter_path: Path, tmp_path: Path) -> None:
+    """So that a run does not go on with a drafter that was tuned meanwhile."""
+    tree: dict[str, Any] = {"kind": "dynamic", "nodes": 5}
+    points = {"log_probability": [-1.0, 0.0], "acceptance": [[[0.1, 0.9]] * 2]}
+    hashes = []
+    for change in (
+        {},
+        {"continued": 4},
+        {"calibration": points},
+        {"calibration": points | {"acceptance": [[[0.2, 0.9]] * 2]}},
+    ):
+        path = tmp_path / "tree.json"
+        path.write_text(json.dumps(tree | change), encoding="utf-8")
+        context = MethodContext(chat_target, str(drafter_path))
+        hashes += [build_method(f"falcon:tree={path}", context).provenance()["config_sha256"] for _ in range(2)]
+    assert hashes[::2] == hashes[1::2]
+    assert len(set(hashes)) == 4
+
+
+def test_a_graph_has_room_for_one_rows_tree(chat_target: Any, drafter_path: Path, tmp_path: Path) -> None:
+    """The last batch of a run may have one row, whose tree may be larger than a whole batch's."""
+    path = tmp_path / "tree.json"
+    path.write_text('{"kind": "dynamic", "nodes": 5, "batch_nodes": [[2, 1]]}', encoding="utf-8")
+    method: Any = build_method(f"falcon:tree={path}", MethodContext(chat_target, str(drafter_path), batch_size=4))
+    assert (method.provenance()["tree_nodes"], method.room) == (1, 6)
+
+
 def test_the_verifier_rejection_draws_otherwise(chat_target: Any, drafter_path: Path) -> None:
     context = MethodContext(chat_target, str(drafter_path))
     assert not build_method("falcon:verifier=rejection", context).draws_as_plain

@@ -247,6 +247,19 @@ def test_changed_questions_are_refused(runner: Runner, tmp_path: Path, question_
         runner(GREEDY)
 
 
+def test_a_changed_template_or_end_token_is_refused(
+    runner: Runner, tmp_path: Path, chat_target: Any, chat_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(runner, tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(chat_tokenizer, "chat_template", chat_tokenizer.chat_template + " ")
+        with pytest.raises(BenchError, match=r"tokenizer\.chat_template_sha256: "):
+            runner(GREEDY)
+    monkeypatch.setattr(chat_target.generation_config, "eos_token_id", 77)
+    with pytest.raises(BenchError, match=r"target\.generation_config\.eos_token_id: "):
+        runner(GREEDY)
+
+
 @pytest.mark.parametrize("text", ["not json", "[]", '{"runs": []}'])
 def test_a_file_that_is_no_result_is_left_alone(runner: Runner, tmp_path: Path, text: str) -> None:
     path = tmp_path / "result.json"

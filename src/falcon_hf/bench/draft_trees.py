@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..runtime.dynamic_tree import KIND as DYNAMIC
-from ..runtime.dynamic_tree import DynamicTree
 from ..runtime.tree_shape import TreeShape, chain
-from ..tree_files import TreeFileError
+from ..tree_files import TreeFileError, as_paths
 from ..tree_files import read_tree as read_tree_file
 from .errors import BenchError
 
@@ -42,21 +41,6 @@ def read_tree(path: str) -> ConfigTree:
     except TreeFileError as error:
         raise BenchError(str(error)) from error
     return as_paths(tree) if isinstance(tree, TreeShape) else tree
-
-
-def as_paths(shape: TreeShape) -> list[list[int]]:
-    """A static tree as a config or a result holds it."""
-    return [list(path) for path in shape.paths]
-
-
-def describe_tree(tree: TreeShape | DynamicTree, block_size: int) -> dict[str, Any]:
-    """What a result says of a tree: its paths or fields, drafted nodes and depth (of a dynamic one, the most)."""
-    if isinstance(tree, DynamicTree):
-        fields = {"kind": DYNAMIC, "nodes": tree.nodes, "passes": tree.passes, "width": tree.width}
-        fields |= {"candidates": tree.candidates, "calibrated": tree.calibration is not None}
-        fields["pass_cost"] = tree.pass_cost
-        return {"tree": fields, "tree_nodes": tree.nodes, "tree_depth": tree.depth(block_size)}
-    return {"tree": as_paths(tree), "tree_nodes": tree.size - 1, "tree_depth": tree.depth}
 
 
 def _number(name: str, prefix: str) -> int | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import platform
 import shlex
@@ -101,8 +103,13 @@ def describe_target(target: PreTrainedModel) -> dict[str, Any]:
     }
 
 
+def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
+    """Size of its vocabulary and hash of its chat template; prompts themselves may hold the day's date."""
+    template = json.dumps(tokenizer.chat_template, sort_keys=True)
+    return {"tokens": len(tokenizer), "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest()}
+
+
 def _chosen(config: Any) -> dict[str, Any]:
-    """What a generation config has that is not transformers' default, special tokens and versions left out."""
+    """What a generation config has that is not transformers' default, versions left out."""
     given = {} if config is None else config.to_diff_dict()
-    ruled_out = ("_token_id", "transformers_version", "_from_model_config")
-    return {name: value for name, value in given.items() if not name.endswith(ruled_out)}
+    return {name: given[name] for name in given if name not in ("transformers_version", "_from_model_config")}

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from ..metrics import difference_gap, first_difference
 from .errors import BenchError, first_line
 from .methods import BASELINE, Method, MethodResult
-from .provenance import describe_target, machine, session, versions
+from .provenance import describe_target, describe_tokenizer, machine, session, versions
 from .questions import Question, QuestionSet, prompt_ids
 from .result_file import ResultFile
 from .summary import FORBIDDEN_GAP
@@ -132,7 +132,7 @@ def run(
         BenchError: if ``output`` holds something else or cannot be written, the tokenizer has no chat template,
             ``generate()`` refuses the options, or no method runs.
     """
-    result = ResultFile(output, settings(target, methods, plan), session())
+    result = ResultFile(output, settings(target, tokenizer, methods, plan), session())
     if result.content["complete"]:
         logger.info("%s is complete; nothing to run.", output)
         return result.content
@@ -165,12 +165,13 @@ def run(
     return result.content
 
 
-def settings(target: PreTrainedModel, methods: Sequence[Method], plan: RunPlan) -> dict[str, Any]:
+def settings(target: PreTrainedModel, tokenizer: Any, methods: Sequence[Method], plan: RunPlan) -> dict[str, Any]:
     """Everything that must be equal for two runs to be one, and that a reader needs to repeat it."""
     return {
         "versions": versions(),
         "machine": machine(target.device),
         "target": describe_target(target),
+        "tokenizer": describe_tokenizer(tokenizer),
         "questions": {
             "file": plan.questions.name,
             "sha256": plan.questions.sha256,
@@ -340,7 +341,7 @@ def _comparison(
     compared |= {"identical": at is None, "first_difference": at}
     if at is not None and at < min(len(plain), len(tokens)) and not options["do_sample"]:
         before = torch.cat((ids, torch.tensor([plain[:at]], dtype=ids.dtype)), dim=1).to(target.device)
-        gap = difference_gap(target, before, plain[at], tokens[at], **options)
+        gap = difference_gap(target, before, plain[at], tokens[at], at, **options)
         compared |= {"gap": _finite(gap.gap), "gap_unit": gap.unit, "gap_units": _finite(gap.units)}
     return compared
 

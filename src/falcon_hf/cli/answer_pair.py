@@ -98,7 +98,7 @@ def compare(
     difference |= {"plain": _spelled(tokenizer, one), "falcon": _spelled(tokenizer, other)}
     if one is not None and other is not None:
         before = torch.cat((inputs["input_ids"], torch.tensor([plain.ids[:place]], dtype=torch.long)), dim=1)
-        gap = difference_gap(target, before, one, other)
+        gap = difference_gap(target, before, one, other, place)
         difference |= {"logit_gap": gap.gap, "rounding_units": gap.units}
     return difference
 

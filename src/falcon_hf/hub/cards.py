@@ -26,7 +26,6 @@ from .errors import HubError
 
 RECIPE = "recipe.json"
 MARK = "<!-- Made by `falcon-hf publish` from config.json, recipe.json and benchmarks/: edit those, not this. -->"
-BENCHMARKS = "benchmarks"
 
 _TEMPLATE = """---
 {{ card_data }}
@@ -115,22 +114,6 @@ def read_recipe(folder: Path) -> dict[str, Any]:
     return recipe
 
 
-def result_files(folder: Path, recipe: dict[str, Any]) -> list[Path]:
-    """The stored results of a drafter, in the order the recipe's card asks for, else by name.
-
-    Raises:
-        HubError: if the recipe names one that is not there, or leaves one out.
-    """
-    found = {path.name: path for path in sorted((folder / BENCHMARKS).glob("*.json"))}
-    order = recipe.get("card", {}).get("results", list(found))
-    if sorted(order) != sorted(found):
-        raise HubError(
-            f"The recipe's card lists the results {', '.join(order)}, and {folder / BENCHMARKS} holds "
-            f"{', '.join(found) or 'none'}: list each once."
-        )
-    return [found[name] for name in order]
-
-
 def build_card(source: CardSource, tables: str = "") -> str:
     """The README.md of a drafter's repo.
 
@@ -170,11 +153,6 @@ def _card_data(source: CardSource) -> ModelCardData:
     if evaluations:
         fields |= {"model_name": source.name, "eval_results": evaluations}
     return ModelCardData(**fields)
-
-
-def is_measured(result: dict[str, Any], weights: str) -> bool:
-    """Whether a result has figures of the drafter with these weights, given by their SHA-256."""
-    return any(method.get("weights_sha256") == weights for method in result["settings"]["methods"].values())
 
 
 def _evaluations(result: dict[str, Any], weights: str) -> list[EvalResult]:

@@ -17,8 +17,9 @@ from ..runtime.repo_card import first_card
 from ..runtime.repo_files import CodeStampWarning
 from ..runtime.repo_upload import upload_repo
 from ..whole_files import write_whole
-from .cards import MARK, CardSource, build_card, is_measured, read_recipe, result_files
+from .cards import MARK, CardSource, build_card, read_recipe
 from .errors import HubError
+from .stored_results import check_result, result_files
 
 Render = Callable[[Sequence[Path]], tuple[list[dict[str, Any]], str]]
 """Result files -> their contents and the tables as Markdown: the bench's part."""
@@ -38,15 +39,14 @@ def prepare(folder: Path, render: Render, check: bool = False, overwrite: bool =
 
     Raises:
         HubError: if the drafter cannot be loaded, its code is not what it was saved with, files that the Hub needs are
-            absent, a result is of other weights, or its card was written by hand or cannot be read or written.
+            absent, a result is unfinished or of another drafter, or its card was written by hand or cannot be read or written.
     """
     drafter = _checked(folder)
     recipe, weights = read_recipe(folder), weights_sha256(folder)
     files = result_files(folder, recipe)
     results, tables = render(files)
     for file, result in zip(files, results, strict=True):
-        if not is_measured(result, weights):
-            raise HubError(f"{file} has no figures of these weights: measure anew, or take the file away.")
+        check_result(file, result, drafter.config, weights)
     text = build_card(
         CardSource(
             name=folder.resolve().name,

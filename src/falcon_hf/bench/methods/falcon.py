@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,21 @@ from ...runtime.candidate_generator import drafter_tree
 from ...runtime.configuration_falcon_drafter import FalconDrafterConfig
 from ...runtime.half_precision import drafting_dtype
 from ...runtime.statistics import GenerationStatistics
-from ..draft_trees import describe_tree, named_tree
+from ...tree_files import describe_tree
+from ..draft_trees import named_tree
 from ..errors import BenchError, first_line
 from .base import Method, MethodContext
 
+# Fields of a drafter's config that say where it is from or how it is loaded, not how it drafts.
+_WHENCE = {
+    "_name_or_path",
+    "target_name_or_path",
+    "architectures",
+    "auto_map",
+    "code_stamp",
+    "dtype",
+    "transformers_version",
+}
 # Fields of a drafter's config that a run may set: those that decide how it drafts and is verified. All others belong
 # to its weights or to its target, and another value would be another drafter.
 FIELDS = {
@@ -61,7 +73,8 @@ class Falcon(Method):
             self.tree = drafter_tree(self.drafter, self.target, context.batch_size)
         except ValueError as error:
             raise BenchError(f"{label}: {first_line(error)}") from error
-        self.room = self.tree.size
+        # One row's tree is the largest, and a run's last batch may be one row.
+        self.room = drafter_tree(self.drafter, self.target).size
 
     def _configure(self, fields: dict[str, Any]) -> None:
         """Set fields of the drafter's config, checked as a config of its own.
@@ -97,6 +110,7 @@ class Falcon(Method):
             "draft_vocab_size": config.draft_vocab_size,
             **describe_tree(self.tree, config.block_size),
             "config": {name: getattr(config, name) for name in FIELDS},
+            "config_sha256": _config_sha256(config),
         }
 
     def row_statistics(self, new_tokens: int, forwards: int, rows: int, row: int) -> dict[str, float]:
@@ -125,6 +139,12 @@ def _shown(source: str) -> str:
     """A drafter's name for results: a folder below the current one without the way to it."""
     path, here = Path(source).absolute(), Path.cwd()
     return str(path.relative_to(here)) if path.is_dir() and path.is_relative_to(here) else source
+
+
+def _config_sha256(config: FalconDrafterConfig) -> str:
+    """Hash of all that decides how a drafter drafts beside its weights, calibration and what the run set included."""
+    fields = {name: value for name, value in config.to_dict().items() if name not in _WHENCE}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def _value(text: str) -> Any:
