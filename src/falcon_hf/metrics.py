@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-# Options that decide when a text ends or how it is drawn, not how one next token is scored; and one that leaves the last
-# token no choice, so that any other is an error.
+# Options that decide when a text ends or how it is drawn, not how one next token is scored; and the one that leaves the
+# last token no choice, so that any other is an error.
 _LENGTH_AND_SAMPLING = frozenset(
     {"max_new_tokens", "max_length", "max_time", "stop_strings", "forced_eos_token_id"}
     | {"do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}
@@ -113,7 +113,7 @@ def difference_gap(
 
 
 def _from_here(options: dict[str, Any], length: int, new_before: int) -> dict[str, Any]:
-    """Options for a prompt of ``length`` tokens of which ``new_before`` had been generated: what counted from the prompt."""
+    """Options for a text of ``length`` tokens as prompt, of which the last ``new_before`` had been generated."""
     least_new, least = options.pop("min_new_tokens", None), options.pop("min_length", None)
     if least_new is not None or least is not None:
         short = new_before < least_new if least_new is not None else length < least

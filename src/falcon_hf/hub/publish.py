@@ -39,7 +39,8 @@ def prepare(folder: Path, render: Render, check: bool = False, overwrite: bool =
 
     Raises:
         HubError: if the drafter cannot be loaded, its code is not what it was saved with, files that the Hub needs are
-            absent, a result is unfinished or of another drafter, or its card was written by hand or cannot be read or written.
+            absent, a result is unfinished or of another drafter, or its card was written by hand or cannot be read or
+            written.
     """
     drafter = _checked(folder)
     recipe, weights = read_recipe(folder), weights_sha256(folder)
