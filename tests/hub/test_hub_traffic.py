@@ -72,7 +72,7 @@ PULL = """
         assert streamer.got == out.numel() and streamer.ended
     loaded = [
         drafter for name, module in sys.modules.items() if name.endswith("custom_generate.generate")
-        for drafter in module._drafters.values()
+        for _, drafter in module._drafters.values()
     ]
     # By the name alone: the recipe called without generate(), as load_custom_generate allows.
     recipe = target.load_custom_generate(repo, trust_remote_code=True)

@@ -148,8 +148,12 @@ WITHOUT_THE_PACKAGE = """
         if name == "scores":
             assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(plain[name].scores, found.scores, strict=True))
     recipe = [module for name, module in sys.modules.items() if name.endswith("custom_generate.generate")]
-    loaded = list(recipe[0]._drafters.values())
+    loaded = [drafter for _, drafter in recipe[0]._drafters.values()]
     assert len(recipe) == 1 and len(loaded) == 2, "loaded once for each spelling of the folder"
+    os.utime(os.path.join(repo, "config.json"))
+    run(custom_generate=repo, trust_remote_code=True, **calls["greedy"])
+    kept = [drafter for _, drafter in recipe[0]._drafters.values()]
+    assert len(kept) == 2 and kept[0] is not loaded[0], "a folder written anew replaces what it held"
     assert all(drafter.last_generation.accepted > 0 for drafter in loaded)
 
     drafter = AutoModel.from_pretrained(repo, trust_remote_code=True)

@@ -6,12 +6,13 @@ import copy
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from falcon_hf.runtime import few_rows, fused_norms
-from falcon_hf.runtime.few_rows import FewRowProducts, few_row_linear
+from falcon_hf.runtime.few_rows import FewRowProducts, few_row_linear, is_compiled
 
 from .helpers import drawn
 from .test_static_cache import CROPPABLE
@@ -179,6 +180,37 @@ def test_autocast_chooses_the_dtype_as_it_does_elsewhere(calls):
             assert torch.equal(layer(drawn(4, 16)), wanted)
     assert wanted.dtype == torch.bfloat16
     assert calls == []
+
+
+def test_calls_that_overlap_both_have_them(calls):
+    """Two threads' on one target: what the first lent is no forward of the module's own."""
+    model, x = Model(), drawn(4, 8)
+    before = model(x)
+    with FewRowProducts(model):
+        later = FewRowProducts(model)
+        assert len(later._forwards) == 2
+        with later:
+            pass
+    calls.clear()
+    with later:
+        assert torch.allclose(model(x), before, atol=1e-5)
+    assert calls == [4, 4]
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_kernels_that_another_call_lent_are_no_forwards_of_their_own(tiny_target):
+    model = copy.deepcopy(tiny_target(24))
+    first = FewRowProducts(model)
+    with first:
+        assert len(FewRowProducts(model)._forwards) == len(first._forwards) > 4
+
+
+def test_a_model_that_accelerate_has_spread_is_not_compiled():
+    model = Model()
+    add_hook_to_module(model, ModelHook())
+    assert not is_compiled(model)
+    model.compile(backend="eager")
+    assert is_compiled(model)
 
 
 @pytest.mark.parametrize("how", ["module.compile()", "forward"])

@@ -186,13 +186,13 @@ def test_a_norm_with_a_forward_of_its_own_keeps_it():
 
 def test_trees_are_verified_with_them_and_plain_decoding_is_not(tiny_target, tiny_drafter, monkeypatch):
     rows: list[int] = []
-    own, native = fused_norms._forward, NativeNorm.__call__
+    own, native = fused_norms.plain_norm, NativeNorm.__call__
 
     def noting(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         rows.extend(x.shape[1:2] if x.dim() == 3 else [])  # tried with two dimensions
         return native(module, x) if isinstance(module, NativeNorm) else own(module, x)
 
-    monkeypatch.setattr(fused_norms, "_forward", noting)
+    monkeypatch.setattr(fused_norms, "plain_norm", noting)
     monkeypatch.setattr(NativeNorm, "__call__", noting)
     target = copy.deepcopy(tiny_target(24))
     plain = target.generate(prompt_ids(24, 6), max_new_tokens=12, do_sample=False)

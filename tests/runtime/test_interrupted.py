@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from typing import Any
 
 import pytest
 import torch
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
+from falcon_hf.runtime.few_rows import FewRowProducts
 from falcon_hf.runtime.target_session import TargetSession, cache_key
 
 from .families import VOCAB, tiny_family
@@ -72,7 +75,7 @@ def test_without_undoing_the_cache_holds_drafts(tiny_drafter, monkeypatch):
     held = int(cache.get_seq_length())
     assert cache_error(target, text[:, : held + 1], cache) < 1e-4
 
-    monkeypatch.setattr(TargetSession, "undone_on_error", lambda self, nodes: contextlib.nullcontext())
+    monkeypatch.setattr(TargetSession, "whole_on_error", contextlib.nullcontext)
     text, cache = interrupted(target, drafter, 5)
     assert int(cache.get_seq_length()) > text.shape[1]
 
@@ -109,6 +112,146 @@ def test_an_error_within_a_verification(tiny_drafter, monkeypatch, family, undon
         assert lengths == {text.shape[1] - 1}
         rest = {"do_sample": False, "max_new_tokens": LENGTH - text.shape[1] + 6, cache_key(target): cache}
         assert run(target, 0, text, **rest)[0].tolist() == whole.tolist()
+
+
+def broken_at(monkeypatch: pytest.MonkeyPatch, layer: int, call: int, name: str = "crop") -> None:
+    """The cache fails in its n-th call of a layer's ``name``."""
+    calls, own = 0, getattr(DynamicLayer, name)
+
+    def fail(self: Any, *given: Any) -> Any:
+        nonlocal calls
+        calls += self is broken[0]
+        if self is broken[0] and calls == call:
+            raise GoneError
+        return own(self, *given)
+
+    broken: list[Any] = [None]
+    init = TargetSession.prefill
+
+    def prefill(session: TargetSession, *given: Any) -> Any:
+        outputs = init(session, *given)
+        broken[0] = session.cache.layers[layer]
+        return outputs
+
+    monkeypatch.setattr(TargetSession, "prefill", prefill)
+    monkeypatch.setattr(DynamicLayer, name, fail)
+
+
+@pytest.mark.parametrize("undone", [True, False])
+def test_an_error_while_drafts_are_dropped(tiny_drafter, monkeypatch, undone):
+    """Some layers have dropped them then, and others not."""
+    target = tiny_family("llama")
+    drafter = tiny_drafter(target, tree=TREE)
+    options = {"do_sample": False, "max_new_tokens": LENGTH}
+    whole, _ = run(target, 0, prompt_ids(VOCAB, 6), **options)
+    if not undone:  # the control
+        monkeypatch.setattr(TargetSession, "whole_on_error", contextlib.nullcontext)
+    streamer, cache = Leaving(LENGTH), DynamicCache(config=target.config)
+    with monkeypatch.context() as patched:
+        broken_at(patched, layer=1, call=2)
+        with pytest.raises(GoneError):
+            run(
+                target, 0, prompt_ids(VOCAB, 6), assistant_model=drafter, streamer=streamer, **options,
+                **{cache_key(target): cache},
+            )  # fmt: skip
+    lengths = {int(layer.get_seq_length()) for layer in cache.layers}
+    assert (len(lengths) == 1) == undone
+    if undone:
+        text = torch.tensor([streamer.taken])
+        assert max(lengths) < text.shape[1]
+        rest = {"do_sample": False, "max_new_tokens": LENGTH - text.shape[1] + 6, cache_key(target): cache}
+        assert run(target, 0, text, **rest)[0].tolist() == whole.tolist()
+
+
+@pytest.mark.parametrize("undone", [True, False])
+def test_an_error_behind_a_convolution(tiny_drafter, monkeypatch, undone):
+    """Its states hold drafts then, that no length shows."""
+    target = tiny_family("lfm2")
+    drafter = tiny_drafter(target, tree=TREE)
+    options = {"do_sample": False, "max_new_tokens": LENGTH}
+    whole, _ = run(target, 0, prompt_ids(VOCAB, 6), **options)
+    streamer, cache, calls = Leaving(LENGTH), DynamicCache(config=target.config), 0
+
+    def fail(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise GoneError
+
+    if not undone:  # the control
+        monkeypatch.setattr(TargetSession, "whole_on_error", contextlib.nullcontext)
+    hook = target.model.layers[-1].register_forward_pre_hook(fail)
+    with pytest.raises(GoneError):
+        run(
+            target, 0, prompt_ids(VOCAB, 6), assistant_model=drafter, streamer=streamer, **options,
+            **{cache_key(target): cache},
+        )  # fmt: skip
+    hook.remove()
+    text = torch.tensor([streamer.taken])
+    rest = {"do_sample": False, "max_new_tokens": LENGTH - text.shape[1] + 6, cache_key(target): cache}
+    went_on = run(target, 0, text, **rest)[0].tolist()
+    assert (went_on == whole.tolist()) == undone
+
+
+@pytest.mark.parametrize("undone", [True, False])
+def test_an_error_while_holes_are_closed_leaves_the_prompt(tiny_target, tiny_drafter, monkeypatch, undone):
+    """A batch's cache is then one of the prompts, not of slots in two orders."""
+    target = tiny_target(VOCAB)
+    drafter = tiny_drafter(target, tree=TREE)
+    cache, inputs = DynamicCache(config=target.config), batch()
+    own, closing = TargetSession._gather, False
+
+    def compact(session: TargetSession) -> None:
+        nonlocal closing
+        closing = True
+        plain(session)
+
+    def gather(session: TargetSession, slots: int, region: int, index: torch.Tensor) -> None:
+        if closing:
+            layers = session.cache.layers
+            session.cache.layers = layers[:1]
+            own(session, slots, region, index)  # the first layer's, and then no memory
+            session.cache.layers = layers
+            raise GoneError
+        own(session, slots, region, index)
+
+    plain = TargetSession.compact
+    monkeypatch.setattr(TargetSession, "compact", compact)
+    monkeypatch.setattr(TargetSession, "_gather", gather)
+    if not undone:  # the control
+        monkeypatch.setattr(TargetSession, "_cut", lambda self, length: None)
+    with pytest.raises(GoneError):
+        run(
+            target, 0, inputs, assistant_model=drafter, do_sample=False, max_new_tokens=LENGTH, pad_token_id=0,
+            **{cache_key(target): cache},
+        )  # fmt: skip
+    lengths = {int(layer.get_seq_length()) for layer in cache.layers}
+    assert (lengths == {inputs["input_ids"].shape[1]}) == undone
+
+
+@pytest.mark.parametrize("within", ["__enter__", "__exit__"])
+def test_an_interrupt_while_forwards_are_lent(tiny_target, monkeypatch, within):
+    model = copy.deepcopy(tiny_target(VOCAB))
+    products = FewRowProducts(model)
+    own = products._forwards
+    assert len(own) > 4
+
+    class Stopping(list):  # type: ignore[type-arg]
+        stops = True
+
+        def __iter__(self) -> Any:
+            for index, entry in enumerate(list.__iter__(self)):
+                if index == 3 and self.stops:
+                    self.stops = False
+                    raise KeyboardInterrupt
+                yield entry
+
+    if within == "__exit__":
+        products.__enter__()
+    products._forwards = Stopping(own)
+    with pytest.raises(KeyboardInterrupt):
+        products.__enter__() if within == "__enter__" else products.__exit__(None, None, None)
+    assert all("forward" not in vars(module) for module in model.modules())
 
 
 def test_the_random_state_is_behind_the_last_step(tiny_target, tiny_drafter):

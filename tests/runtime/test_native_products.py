@@ -223,6 +223,20 @@ def test_a_cache_that_cannot_be_written_is_done_without(unmade):
     assert has_native_products()
 
 
+def test_a_cache_from_which_nothing_may_be_run_is_done_without(unmade, monkeypatch):
+    """A home folder mounted ``noexec``."""
+    own = native_kernel._loaded
+
+    def loaded(library):
+        if library.is_relative_to(unmade):
+            raise OSError("failed to map segment from shared object")
+        return own(library)
+
+    monkeypatch.setattr(native_kernel, "_loaded", loaded)
+    assert has_native_products()
+    assert list(unmade.iterdir()) == []
+
+
 @pytest.mark.parametrize("how", ["no compiler", "fails", "wrong", "switched off"])
 def test_without_it_products_are_torchs(unmade, monkeypatch, caplog, how):
     if how == "no compiler":

@@ -6,6 +6,7 @@ import copy
 import gc
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -40,18 +41,18 @@ def simulate(
         seed: of noise and acceptance.
     """
     draw, now, emitted, drafted = random.Random(seed), 0.0, 0, 0
-    switch = SpeculationSwitch(True, clock=lambda: now)
-    switch.start()
+    switch = SpeculationSwitch(True)
+    drafts = switch.drafts
     while emitted < tokens:
-        drafts = switch.drafts
         drafted += drafts
-        now += (cost if drafts else 1.0) * (1 + noise * draw.uniform(-1, 1))
+        seconds = (cost if drafts else 1.0) * (1 + noise * draw.uniform(-1, 1))
+        now += seconds
         mean = accepted(emitted) if drafts else 0.0
         new = 1
         while new < 8 and draw.random() < mean / (1 + mean):  # geometric, of that mean
             new += 1
         emitted += new
-        switch.record(new)
+        drafts = switch.record(new, seconds, drafts)
     return now, drafted
 
 
@@ -71,20 +72,14 @@ def test_without_the_switch_it_costs_more(monkeypatch):
 
 def short_texts(tokens: int, cost: float, forgets: bool) -> float:
     """Time of 60 texts of ``tokens`` with a hopeless drafter, each with a switch of its own if it ``forgets``."""
-    now, spent = 0.0, 0.0
-
-    def fresh() -> SpeculationSwitch:
-        return SpeculationSwitch(True, clock=lambda: now)
-
-    switch = fresh()
+    spent, switch = 0.0, SpeculationSwitch(True)
     for _ in range(60):
-        switch = fresh() if forgets else switch
-        now += 1000.0  # between calls, which is nobody's loss
-        switch.start()
+        switch = SpeculationSwitch(True) if forgets else switch
+        drafts = switch.drafts
         for _ in range(tokens):
-            taken = cost if switch.drafts else 1.0
-            now, spent = now + taken, spent + taken
-            switch.record(1)
+            taken = cost if drafts else 1.0
+            spent += taken
+            drafts = switch.record(1, taken, drafts)
     return spent
 
 
@@ -118,22 +113,45 @@ def test_one_that_becomes_bad_is_dropped():
 @pytest.mark.parametrize(("stalled", "stall"), [(0, 50.0), (40, 1000.0)], ids=["the first round", "a later one"])
 def test_a_round_that_was_held_up_is_not_held_against_the_drafter(stalled, stall):
     """Buffers made at the start, or a machine that slept: drafting goes on within a few rounds."""
-    now, rests = 0.0, []
-    switch = SpeculationSwitch(True, clock=lambda: now)
-    switch.start()
+    rests, switch = [], SpeculationSwitch(True)
+    drafts = switch.drafts
     for index in range(200):
-        now += (1.2 if switch.drafts else 1.0) + (stall if index == stalled else 0.0)
-        rests.append(not switch.drafts)
-        switch.record(3 if switch.drafts else 1)
+        seconds = (1.2 if drafts else 1.0) + (stall if index == stalled else 0.0)
+        rests.append(not drafts)
+        drafts = switch.record(3 if drafts else 1, seconds, drafts)
     assert sum(rests) <= 4 + 200 / 40 + 1  # its timings of plain rounds, and no more
 
 
 def test_off_is_off():
-    switch = SpeculationSwitch(False, clock=pytest.fail)
-    switch.start()
+    switch = SpeculationSwitch(False)
     for _ in range(200):
-        switch.record(1)
-        assert switch.drafts
+        assert switch.record(1, 1000.0, True)
+    assert switch.drafts
+
+
+def test_calls_that_overlap_book_their_own_rounds():
+    """Two calls in turn: a round that drafted, begun before the other call gave it up, is none that did not."""
+    switch, spent, plain = SpeculationSwitch(True), 0.0, 0.0
+    drafts = [switch.drafts, switch.drafts]
+    for _ in range(300):
+        for call in (0, 1):
+            taken = 3.0 if drafts[call] else 1.0
+            spent, plain = spent + taken, plain + 1.0
+            drafts[call] = switch.record(1, taken, drafts[call])
+    assert spent < 1.05 * plain
+
+
+def test_threads_may_share_a_switch():
+    switch = SpeculationSwitch(True)
+
+    def work(_: int) -> None:
+        drafts = switch.drafts
+        for _ in range(2000):
+            drafts = switch.record(1, 1.2 if drafts else 1.0, drafts)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert switch._rounds == 8000
 
 
 class Alternating(SpeculationSwitch):
@@ -144,10 +162,22 @@ class Alternating(SpeculationSwitch):
         self._draw = random.Random(1)
         self._left = 2
 
-    def record(self, tokens: float) -> None:
+    def record(self, tokens: float, seconds: float, drafted: bool) -> bool:
         self._left -= 1
         if self._left == 0:
             self.drafts, self._left = not self.drafts, self._draw.randint(1, 5)
+        return self.drafts
+
+
+class Resting(SpeculationSwitch):
+    """Never drafts."""
+
+    def __init__(self, enabled: bool) -> None:
+        super().__init__(enabled)
+        self.drafts = False
+
+    def record(self, tokens: float, seconds: float, drafted: bool) -> bool:
+        return False
 
 
 @pytest.mark.parametrize("fusion", ["lstm", "linear"])
@@ -211,8 +241,7 @@ def test_a_plain_round_has_no_mask_to_look_at(tiny_target, tiny_drafter, monkeyp
     """As in plain decoding, where transformers drops a mask of ones: looking at it would be a device sync a round."""
     target = tiny_target(VOCAB)
     drafter = tiny_drafter(target, auto_off=True)
-    monkeypatch.setattr(SpeculationSwitch, "start", lambda self: setattr(self, "drafts", False))
-    monkeypatch.setattr(SpeculationSwitch, "record", lambda self, tokens: None)
+    monkeypatch.setattr(generation, "SpeculationSwitch", Resting)
     masks: list[Any] = []
 
     def note(_: Any, __: Any, given: dict[str, Any]) -> None:

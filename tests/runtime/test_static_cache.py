@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers.cache_utils import Cache, StaticLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from falcon_hf.runtime.target_session import cache_key
 from falcon_hf.runtime.tree_masks import TreeMasks
@@ -117,3 +117,21 @@ def test_embeddings_alone_take_room_too(tiny_drafter):
         plain, _ = run(target, 0, inputs, **GREEDY)
         falcon, _ = run(target, 0, inputs, **options)
         assert falcon.tolist() == plain.tolist()
+
+
+class Uncroppable(DynamicLayer):
+    """As a quantised layer, keeps what it was given."""
+
+    is_croppable = False
+
+
+def test_a_cache_that_cannot_drop_drafts_is_refused_before_it_is_filled(tiny_drafter):
+    """Or the call without a drafter that the error advises would go on behind a prompt that is there already."""
+    target = tiny_family("llama")
+    cache = Cache(layers=[Uncroppable() for _ in range(target.config.num_hidden_layers)])
+    options = GREEDY | {cache_key(target): cache}
+    with pytest.raises(ValueError, match=REFUSAL):
+        run(target, 0, batch((7,)), assistant_model=tiny_drafter(target), **options)
+    assert int(cache.get_seq_length()) == 0
+    plain, _ = run(target, 0, batch((7,)), **GREEDY)
+    assert run(target, 0, batch((7,)), **options)[0].tolist() == plain.tolist()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,10 +22,12 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .cache_room import CacheRoom
 from .few_rows import FewRowProducts, is_compiled
+from .host_values import on_device
 from .native_products import has_native_products
 from .returned_attentions import PlainRows
 from .shared_heads import SharedHeads
 from .target import family
+from .target_attention import attention_of
 from .target_cache import fitting_cache
 from .target_slots import CachedSlots
 from .tree import DraftTree
@@ -52,6 +54,14 @@ def cache_key(target: PreTrainedModel) -> str:
 
 def _returns_attentions(generation_config: Any) -> bool:
     return bool(generation_config.return_dict_in_generate and generation_config.output_attentions)
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_holds_tensors, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_tensors, value))
+    return isinstance(value, torch.Tensor)
 
 
 class TargetSession:
@@ -84,8 +94,9 @@ class TargetSession:
             feature_layers: hidden states that make a feature, side by side; the last alone by default.
 
         Raises:
-            ValueError: if there is no cache or none that fits, a tensor among the keywords that verification could not
-                honour, or more rows than the family can have.
+            ValueError: if there is no cache, none that fits, or one that cannot give up rejected drafts; for a tensor
+                among the keywords that verification could not honour (an image's features), or more rows than the
+                family can have.
         """
         self.target = target
         self.rows = rows
@@ -98,6 +109,8 @@ class TargetSession:
             )
         self._plain_rows = PlainRows(self.cache, self.config.num_hidden_layers)
         self.cache = fitting_cache(self.cache, rows, slots)
+        # Convolutions can say after the prefill only; all others before it fills the user's cache.
+        self._check_croppable([layer for layer in self.cache.layers if not hasattr(layer, "conv_states")])
         self._static = any(isinstance(layer, StaticLayer) for layer in self.cache.layers)
         self._room = room
         self._is_compiled = is_compiled(target)
@@ -110,7 +123,7 @@ class TargetSession:
         self.model_kwargs = {**model_kwargs, self._cache_key: self.cache}
         self._extra = {name: value for name, value in model_kwargs.items() if name not in _OWN_KWARGS}
         for name, value in self._extra.items():
-            if isinstance(value, torch.Tensor):
+            if _holds_tensors(value):
                 raise ValueError(
                     f"Falcon cannot carry the model input {name!r} through a tree; drop it or assistant_model."
                 )
@@ -139,13 +152,9 @@ class TargetSession:
         outputs = self.target._prefill(input_ids, generation_config, kwargs)
         # Not before: a prefill is never rolled back, and in chunks it would keep the whole prompt in sliding layers.
         self.cache.activate_past_recording()
-        if not self.cache.is_croppable:
-            raise ValueError(
-                f"{type(self.cache).__name__} cannot give up rejected drafts; drop cache_implementation, or pass "
-                "transformers.DynamicCache(), or generate without assistant_model."
-            )
+        self._check_croppable(self.cache.layers)
         wanted = _returns_attentions(generation_config)
-        if wanted and outputs.attentions and self.target.config._attn_implementation != "eager":
+        if wanted and outputs.attentions and attention_of(self.target) != "eager":
             raise ValueError(
                 f"{type(self.target).__name__} computes the attentions it returns with a mask made for another "
                 "implementation: call model.set_attn_implementation('eager') first, or drop output_attentions."
@@ -158,6 +167,13 @@ class TargetSession:
         # Padding has no features worth drafting from.
         self.prompt_features = [features[row : row + 1, -real:] for row, real in enumerate(self.slots.filled)]
         return outputs
+
+    def _check_croppable(self, layers: list[Any]) -> None:
+        if not all(layer.is_croppable for layer in layers):
+            raise ValueError(
+                f"{type(self.cache).__name__} cannot give up rejected drafts; drop cache_implementation, or pass "
+                "transformers.DynamicCache(), or generate without assistant_model."
+            )
 
     def _compile(self, generation_config: Any) -> None:
         """Verify by a compiled forward where plain decoding would compile: static caches, on a GPU or when asked to."""
@@ -205,7 +221,7 @@ class TargetSession:
         nodes, tree = tree.size, self._fixed_size(tree)
         device = self.slots.valid.device
         self._make_room(tree.size)
-        deepest = torch.tensor(budgets, device=device)[:, None] - 1
+        deepest = on_device(budgets, device)[:, None] - 1
         positions = self.slots.next_position + tree.depths.to(device).minimum(deepest.clamp_min(0))
         plain = self._is_plain(tree)
         with contextlib.ExitStack() as helped:
@@ -255,7 +271,7 @@ class TargetSession:
         Of SmolLM2-135M-Instruct in float32 on 2 threads of an AVX2 CPU it takes 66 ms so, and 72 as a tree.
         """
         one = tree.tokens.numel() == 1 and not self._static
-        return one and self.target.config._attn_implementation in ("eager", "sdpa")
+        return one and attention_of(self.target) in ("eager", "sdpa")
 
     def _places(self, ancestors: torch.Tensor, positions: torch.Tensor, causal: bool) -> dict[str, Any]:
         """What tells the target where the nodes are: masks and positions, as for a tree in [`TreeMasks`].
@@ -277,7 +293,7 @@ class TargetSession:
     def attentions(self, tree: DraftTree, outputs: Any, row: int, node: int) -> tuple[torch.Tensor, ...]:
         """What the token chosen at ``node`` of ``row`` attended to, as plain decoding returns it: one tensor a layer.
 
-        To be asked before [`keep`]. One device sync.
+        To be asked before [`keep`]. One device sync, and one more where layers hold the last slots only.
         """
         text = self.slots.valid[row].clone()
         text[: self.slots.prompt] = True  # padding before the prompt has columns too, of zeros
@@ -286,9 +302,8 @@ class TargetSession:
         # Sliding layers hold the last slots only.
         offsets = [self.slots.length + tree.size - layer.shape[-1] for layer in outputs.attentions]
         offsets = [0 if self._static else offset for offset in offsets]
-        return self._plain_rows.token(
-            outputs.attentions, row, node, [columns[columns >= offset] - offset for offset in offsets]
-        )
+        held = {offset: columns if offset == 0 else columns[columns >= offset] - offset for offset in set(offsets)}
+        return self._plain_rows.token(outputs.attentions, row, node, [held[offset] for offset in offsets])
 
     def keep(self, paths: list[list[int]], nodes: int) -> None:
         """Keep the verified nodes of each row (ascending, from the root on) of a tree of ``nodes``, drop the others.
@@ -299,30 +314,32 @@ class TargetSession:
         kept = max(lengths)
         if any(path != list(range(len(path))) for path in paths):  # else they lie where they belong
             padded = [path + [0] * (kept - len(path)) for path in paths]
-            self._gather(self.slots.length + nodes, nodes, torch.tensor(padded, device=self.slots.valid.device))
+            self._gather(self.slots.length + nodes, nodes, on_device(padded, self.slots.valid.device))
         self.cache.crop(kept - nodes)
         self.slots.add(lengths)
 
     @contextlib.contextmanager
     def whole_on_error(self) -> Iterator[None]:
-        """Around [`verify`]: an error within the forward leaves all layers as long as they were, not only the later."""
+        """Around a round, to the end of [`keep`]: an error in it leaves all layers as they were before.
+
+        Wherever it comes: when some layers have the tree already and others not, or some have dropped it.
+        """
+        # A convolution's states are replaced, not written to, while drafts may have to be dropped.
+        states = [(layer, dict(layer.conv_states)) for layer in self.cache.layers if hasattr(layer, "conv_states")]
         try:
             yield
         except BaseException:
-            for layer in self.cache.layers:
-                ahead = int(layer.get_seq_length()) - self.slots.length if isinstance(layer, CacheLayerMixin) else 0
-                if ahead > 0:
-                    layer.crop(-ahead)
+            self._cut(self.slots.length)
+            for layer, before in states:
+                layer.conv_states.update(before)
             raise
 
-    @contextlib.contextmanager
-    def undone_on_error(self, nodes: int) -> Iterator[None]:
-        """Between [`verify`] and [`keep`]: an error leaves the cache without the ``nodes``, as before the round."""
-        try:
-            yield
-        except BaseException:
-            self.cache.crop(-nodes)
-            raise
+    def _cut(self, length: int) -> None:
+        """Leave no attention layer with more than ``length`` slots."""
+        for layer in self.cache.layers:
+            ahead = int(layer.get_seq_length()) - length if isinstance(layer, CacheLayerMixin) else 0
+            if ahead > 0:
+                layer.crop(-ahead)
 
     def close(self) -> None:
         """Let sliding layers drop again what is behind their window, as in the cache that plain decoding returns."""
@@ -342,8 +359,12 @@ class TargetSession:
         if order is None:
             return
         region = self.slots.length - self.slots.prompt
-        self._gather(self.slots.length, region, order)
-        self.cache.crop(order.shape[1] - region)
+        try:
+            self._gather(self.slots.length, region, order)
+            self.cache.crop(order.shape[1] - region)
+        except BaseException:
+            self._cut(self.slots.prompt)  # some layers have other slots than the rest, but all have the prompt
+            raise
         self.slots.close_holes(order)
 
     def _make_room(self, nodes: int) -> None:
