@@ -9,8 +9,9 @@ import torch
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from falcon_hf.runtime import target_session
+from falcon_hf.runtime.committed_cache import CommittedCache
 from falcon_hf.runtime.configuration_falcon_drafter import FUSIONS
-from falcon_hf.runtime.target_session import TargetSession, cache_key
+from falcon_hf.runtime.target_session import cache_key
 
 from .families import FAMILIES, tiny_family
 from .helpers import assert_same_text, bushy_tree, prompt_ids, returned_cache, run
@@ -130,8 +131,8 @@ def never_compact(monkeypatch):
 def test_final_cache_is_plain_generates(target, drafter, monkeypatch, when, options):
     when(monkeypatch)
     compactions = []
-    plain_compact = TargetSession.compact
-    monkeypatch.setattr(TargetSession, "compact", lambda self: compactions.append(1) or plain_compact(self))
+    plain_compact = CommittedCache.compact
+    monkeypatch.setattr(CommittedCache, "compact", lambda self: compactions.append(1) or plain_compact(self))
     for seed in range(3):
         inputs = batch(seed=seed)
         plain, falcon = both(target, drafter, inputs, **(GREEDY | options | {"return_dict_in_generate": True}))
@@ -141,21 +142,21 @@ def test_final_cache_is_plain_generates(target, drafter, monkeypatch, when, opti
 
 
 def no_gather(monkeypatch):
-    monkeypatch.setattr(TargetSession, "_gather", lambda *args: None)
+    monkeypatch.setattr(CommittedCache, "_gather", lambda *args: None)
 
 
 def no_final_compaction(monkeypatch):
-    monkeypatch.setattr(TargetSession, "compact", lambda self: None)
+    monkeypatch.setattr(CommittedCache, "compact", lambda self: None)
 
 
 def valid_holes(monkeypatch):
-    plain = TargetSession.keep
+    plain = CommittedCache.keep
 
     def keep(self, paths, nodes):
         plain(self, paths, nodes)
         self.slots.valid = torch.ones_like(self.slots.valid)
 
-    monkeypatch.setattr(TargetSession, "keep", keep)
+    monkeypatch.setattr(CommittedCache, "keep", keep)
 
 
 @pytest.mark.parametrize("break_it", [no_gather, no_final_compaction, valid_holes])
@@ -301,7 +302,7 @@ def test_criteria_know_their_row(target, drafter):
 def test_padding_is_no_waste(target, drafter, monkeypatch):
     """Compaction closes holes behind the prompt; padding in front of it must not set it off every round."""
     calls = []
-    compact = TargetSession.compact
-    monkeypatch.setattr(TargetSession, "compact", lambda session: (calls.append(session), compact(session)))
+    compact = CommittedCache.compact
+    monkeypatch.setattr(CommittedCache, "compact", lambda session: (calls.append(session), compact(session)))
     both(target, drafter, batch((3, 40)), **GREEDY)
     assert len(calls) <= 1 + drafter.last_generation.rounds // 4

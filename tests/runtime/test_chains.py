@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from falcon_hf.runtime import generation
+from falcon_hf.runtime.committed_cache import CommittedCache
 from falcon_hf.runtime.target import FAMILIES
-from falcon_hf.runtime.target_session import TargetSession
 
 from .families import CHAIN_FAMILIES, tiny_family
 from .helpers import assert_same_text, bushy_tree, prompt_ids, returned_cache
@@ -99,7 +99,7 @@ def test_comparison_sees_a_tree_in_a_causal_forward(family, tiny_drafter, monkey
 @pytest.mark.parametrize("family", SEVERAL_ROWS)
 def test_comparison_sees_holes_that_count(family, tiny_drafter, monkeypatch):
     """The control for batches: slots that a row left empty are shown to it."""
-    plain = TargetSession.keep
+    plain = CommittedCache.keep
 
     def keep(self, paths, nodes):
         plain(self, paths, nodes)
@@ -107,7 +107,7 @@ def test_comparison_sees_holes_that_count(family, tiny_drafter, monkeypatch):
 
     target = tiny_family(family, vocab=VOCAB)
     drafter = chain_drafter(target, tiny_drafter)
-    monkeypatch.setattr(TargetSession, "keep", keep)
+    monkeypatch.setattr(CommittedCache, "keep", keep)
     with pytest.raises(AssertionError):
         assert errors(target, drafter, (3, 11, 6))[0] < 1e-4
 

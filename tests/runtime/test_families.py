@@ -50,7 +50,7 @@ class Rounds:
         plain = TargetSession.verify
 
         def verify(session: TargetSession, tree: Any, *args: Any) -> Any:
-            length = session.slots.length
+            length = session.committed.slots.length
             outputs = plain(session, tree, *args)
             self.seen.append((length, tree, outputs.logits))
             return outputs

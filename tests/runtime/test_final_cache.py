@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from falcon_hf.runtime.committed_cache import CommittedCache
 from falcon_hf.runtime.target_session import TargetSession, cache_key
 
 from .families import tiny_family
@@ -41,7 +42,7 @@ def tiny_errors(target: Any, drafter: Any, **options: Any) -> list[float]:
 
 def no_gather(monkeypatch: pytest.MonkeyPatch) -> None:
     """Break the compaction: drop the right number of rows, but whichever lie last."""
-    monkeypatch.setattr(TargetSession, "_gather", lambda *args: None)
+    monkeypatch.setattr(CommittedCache, "_gather", lambda *args: None)
 
 
 def positions_one_late(monkeypatch: pytest.MonkeyPatch) -> None:

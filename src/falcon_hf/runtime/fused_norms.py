@@ -41,7 +41,8 @@ def fused_norm(module: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
         return None
     if type(weight) is not nn.Parameter or weight.dim() != 1 or weight.device.type != "cpu":
         return None
-    own = {name for name in vars(module) if not name.startswith("_")} - {"training", "variance_epsilon"}
+    # A forward may be another call's of ours; whether it is has been looked at.
+    own = {name for name in vars(module) if not name.startswith("_")} - {"training", "variance_epsilon", "forward"}
     if own or len(module._parameters) > 1 or module._modules or module._buffers:
         return None  # it may read more than these two
     kind: Any = type(module)

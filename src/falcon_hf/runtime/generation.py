@@ -5,8 +5,8 @@ so every option keeps its meaning. ``tests/runtime/test_generation.py`` and ``te
 plain ``generate()``.
 
 Device syncs per round: greedy without processors or recorded outputs, one for the walk and one an emitted token for
-the stopping criteria; otherwise one an emitted token. Plain ``generate()`` has one an emitted token. Drafting, verifying
-and keeping have none (but see ``candidate_generator.py``): ``tests/runtime/test_drafting_syncs.py``.
+the stopping criteria; otherwise one an emitted token. Plain ``generate()`` has one an emitted token. Drafting,
+verifying and keeping have none (but see ``candidate_generator.py``): ``tests/runtime/test_drafting_syncs.py``.
 """
 
 from __future__ import annotations
@@ -118,14 +118,14 @@ def decode(
                 continue
             with statistics.timed("draft"):
                 tree = _draft(rows, generator, drafts)
-            with session.whole_on_error():
+            with session.committed.whole_on_error():
                 with statistics.timed("verify"):
                     outputs = session.verify(tree, [row.budget for row in rows], generation_config)
                 with statistics.timed("walk"):
                     paths = _walk(tree, outputs, rows, session, siblings)
                     stream.flush()
                 with statistics.timed("cache"):
-                    session.keep(paths, tree.size)
+                    session.committed.keep(paths, tree.size)
             draws.forget_before(min((row.new_tokens for row in rows if not row.ended), default=0))
             statistics.count(paths, tree.size, drafted=drafts)
             walked = [len(path) for path in paths if path]
@@ -139,7 +139,7 @@ def decode(
         drafter.last_generation = statistics  # before a streamer's reader learns that the text has ended
         stream.end()
         if len(rows) > 1:
-            session.compact()
+            session.committed.compact()
     logger.debug("%s", statistics)
     return gather_output(rows, generation_config, prompt_states, session.prompt_attentions, session.cache)
 
