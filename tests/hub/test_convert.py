@@ -134,6 +134,14 @@ class TestRecurrence:
                 assert not is_as_drawn(getattr(recurrent, f"weight_hh_l{layer}").detach().to(dtype))
 
 
+def test_a_target_in_a_relative_folder_is_no_repo(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "theirs", settings(2), weights("lstm"))
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    assert convert("theirs", "models/llama").config.target_name_or_path == "./models/llama"
+    assert convert("theirs", "org/llama").config.target_name_or_path == "org/llama"
+
+
 class Bomb:
     """Unpickling it would make a file."""
 

@@ -36,6 +36,7 @@ from safetensors.torch import load_file
 from ..runtime.configuration_falcon_drafter import FalconDrafterConfig
 from ..runtime.modeling_falcon_drafter import FalconDrafter
 from ..runtime.target import fingerprint_of
+from ..target_name import target_name as noted_name
 from .errors import HubError
 from .recurrence import judge_recurrence
 
@@ -143,7 +144,7 @@ def convert_config(
             input_norm=False,
             attention_bias="layers.0.self_attn.q_proj.bias" in weights,
             rope_parameters=_rope(settings),
-            target_name_or_path=target_name,
+            target_name_or_path=noted_name(target_name),
         )
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise HubError(f"The checkpoint's config.json does not describe a drafter: {error}") from error
