@@ -56,6 +56,19 @@ def test_labels_are_parsed() -> None:
 
 
 @pytest.mark.parametrize(
+    ("spec", "settings"),
+    [
+        (r"falcon:drafter=C:\runs\k1", {"drafter": r"C:\runs\k1"}),
+        (r"k1=falcon:drafter=C:\runs\k=1:auto_off=true", {"drafter": r"C:\runs\k=1", "auto_off": "true"}),
+        (r"falcon:tree=D:/a.json:drafter=C:/b", {"tree": "D:/a.json", "drafter": "C:/b"}),
+    ],
+)
+def test_a_value_may_have_a_drives_colon(spec: str, settings: dict[str, str]) -> None:
+    (parsed,) = parse_methods(spec)
+    assert parsed.settings == settings
+
+
+@pytest.mark.parametrize(
     ("specs", "fault"),
     [
         ("", "at least one method"),
