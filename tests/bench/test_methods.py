@@ -469,6 +469,25 @@ def test_plain_compiled_says_when_nothing_was_compiled(chat_target: Any, ids: to
         build_method("plain_compiled", MethodContext(target)).generate(ids, OPTIONS)
 
 
+def test_what_another_method_had_compiled_does_not_pass_for_its_own(chat_target: Any, ids: torch.Tensor) -> None:
+    target, made = copy.deepcopy(chat_target), []
+
+    def compile_nothing(_: Any) -> Any:
+        if not hasattr(target, "_compiled_call"):
+            made.append(target.__call__)
+            target._compiled_call = made[-1]
+        return target._compiled_call
+
+    target.get_compiled_call = compile_nothing
+    first, second = (build_method(name, MethodContext(target)) for name in ("plain_compiled", "more=plain_compiled"))
+    for _ in range(2):
+        first.generate(ids, OPTIONS)
+    assert len(made) == 1
+    target.generation_config.disable_compile = True
+    with pytest.raises(CompileError, match="does not compile this target"):
+        second.generate(ids, OPTIONS)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not SERVED, reason="the kernel needs Linux, AVX2 and a C++ compiler")
 def test_plain_native_compiled_is_plain_compiled_with_our_products(chat_target: Any, monkeypatch: Any) -> None:
