@@ -267,3 +267,41 @@ def test_results_of_several_machines_are_told_apart():
     assert len(entries) == len({(entry.dataset_config, entry.metric_type) for entry in entries})
     assert "H200" in hardware["float32, greedy (2)"]
     assert "H200" not in hardware["float32, greedy"]
+
+
+def of_other_questions(settings):
+    settings["questions"]["count"] = 3
+
+
+def of_another_file(settings):
+    settings["questions"]["sha256"] = "cd" * 32
+
+
+def of_other_seeds(settings):
+    settings["seeds"] = [1, 2]
+
+
+def repeated(settings):
+    settings["repeats"] = 2
+
+
+def with_other_attention(settings):
+    settings["target"]["attention"] = "eager"
+
+
+@pytest.mark.parametrize(
+    "change", [of_other_questions, of_another_file, of_other_seeds, repeated, with_other_attention]
+)
+def test_results_of_other_questions_are_told_apart(change):
+    """Results that differ in one thing are two entries of the model-index, not one with the first's settings."""
+    result = json.loads((FOLDERS[0] / "benchmarks" / "gsm8k-float32-greedy.json").read_text())
+    other = copy.deepcopy(result)
+    change(other["settings"])
+    weights = result["settings"]["methods"]["falcon"]["weights_sha256"]
+    source = small_source(results=[result, other], weights_sha256=weights)
+    entries = ModelCard(build_card(source)).data.eval_results
+    args = {entry.dataset_config: entry.dataset_args for entry in entries}
+    assert len(entries) == 2 * 4 * 2
+    assert args["float32, greedy"] != args["float32, greedy (2)"]
+    assert args["float32, greedy"]["questions"] == result["settings"]["questions"]["count"]
+    assert args["float32, greedy"]["sha256"] == result["settings"]["questions"]["sha256"][:12]

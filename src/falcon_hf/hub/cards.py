@@ -132,11 +132,17 @@ def _evaluations(result: dict[str, Any], weights: str) -> list[EvalResult]:
     """Speed, tau and alpha of each method with this drafter, with what they were measured on."""
     settings = result["settings"]
     stem, config = stem_of_questions(settings), setting_name(settings)
+    questions, target = settings["questions"], settings["target"]
     how = {
-        "dtype": settings["target"]["dtype"],
+        "questions": questions["count"],
+        "sha256": questions["sha256"][:12],
+        "turns": questions["turns"],
+        "seeds": settings["seeds"],
+        "repeats": settings["repeats"],
+        "dtype": target["dtype"],
+        "attention": target["attention"],
         "options": settings["options"],
         "batch_size": settings.get("batch_size", 1),
-        "turns": settings["questions"]["turns"],
         "hardware": f"{processor_name(settings['machine'])}, {settings['machine']['threads']} threads, "
         f"{settings['machine']['device']}",
     }
