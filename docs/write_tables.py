@@ -12,8 +12,8 @@ from pathlib import Path
 from falcon_hf.bench.report import render, update_file
 from falcon_hf.bench.result_file import read_result
 from falcon_hf.cli.publish import render_results
-from falcon_hf.hub.cards import read_recipe
 from falcon_hf.hub.publish import prepare
+from falcon_hf.hub.recipe_file import read_recipe
 from falcon_hf.hub.stored_results import result_files
 
 ROOT = Path(__file__).parents[1]

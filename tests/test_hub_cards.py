@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,14 @@ class TestFolder:
 
     def test_its_stamp_is_its_codes(self, folder):
         assert FalconDrafterConfig.from_pretrained(folder).code_stamp == code_stamp(folder) == code_stamp()
+
+    @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
+    def test_its_code_has_the_same_bytes_where_git_writes_other_line_ends(self, folder, tmp_path):
+        names = [str(path.relative_to(ROOT)) for path in folder.glob("*.py")]
+        git = ["git", "-C", str(ROOT), "-c", "core.autocrlf=true"]  # as on Windows
+        subprocess.run([*git, "checkout-index", f"--prefix={tmp_path}/", *names], check=True)
+        for name in names:
+            assert b"\r" not in (tmp_path / name).read_bytes(), name
 
     def test_its_config_is_ours_and_complete(self, folder):
         config = FalconDrafterConfig.from_pretrained(folder)

@@ -225,10 +225,15 @@ def speed_by_set(results: dict[str, dict[str, Any]]) -> Figure:
     return figure
 
 
-if __name__ == "__main__":
+def draw_all() -> None:
+    """Every picture."""
     masks()
     trees()
     verification()
     sweep()
     training()
     results()
+
+
+if __name__ == "__main__":
+    draw_all()

@@ -56,6 +56,19 @@ def test_labels_are_parsed() -> None:
 
 
 @pytest.mark.parametrize(
+    ("spec", "settings"),
+    [
+        (r"falcon:drafter=C:\runs\k1", {"drafter": r"C:\runs\k1"}),
+        (r"k1=falcon:drafter=C:\runs\k=1:auto_off=true", {"drafter": r"C:\runs\k=1", "auto_off": "true"}),
+        (r"falcon:tree=D:/a.json:drafter=C:/b", {"tree": "D:/a.json", "drafter": "C:/b"}),
+    ],
+)
+def test_a_value_may_have_a_drives_colon(spec: str, settings: dict[str, str]) -> None:
+    (parsed,) = parse_methods(spec)
+    assert parsed.settings == settings
+
+
+@pytest.mark.parametrize(
     ("specs", "fault"),
     [
         ("", "at least one method"),
@@ -454,6 +467,25 @@ def test_plain_compiled_says_when_nothing_was_compiled(chat_target: Any, ids: to
     target.generation_config.disable_compile = True
     with pytest.raises(CompileError, match="does not compile this target"):
         build_method("plain_compiled", MethodContext(target)).generate(ids, OPTIONS)
+
+
+def test_what_another_method_had_compiled_does_not_pass_for_its_own(chat_target: Any, ids: torch.Tensor) -> None:
+    target, made = copy.deepcopy(chat_target), []
+
+    def compile_nothing(_: Any) -> Any:
+        if not hasattr(target, "_compiled_call"):
+            made.append(target.__call__)
+            target._compiled_call = made[-1]
+        return target._compiled_call
+
+    target.get_compiled_call = compile_nothing
+    first, second = (build_method(name, MethodContext(target)) for name in ("plain_compiled", "more=plain_compiled"))
+    for _ in range(2):
+        first.generate(ids, OPTIONS)
+    assert len(made) == 1
+    target.generation_config.disable_compile = True
+    with pytest.raises(CompileError, match="does not compile this target"):
+        second.generate(ids, OPTIONS)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 
 from falcon_hf.bench import plots
 from falcon_hf.bench.errors import BenchError
-from falcon_hf.bench.plots import write_plots
+from falcon_hf.bench.plots import slugs, write_plots
 from falcon_hf.bench.summary import summarise
 
 from .test_report import result  # noqa: F401 - a fixture
@@ -38,6 +38,18 @@ def test_a_file_a_plot(whole: dict[str, Any], tmp_path: Path) -> None:
     stems = ("mt_bench-bfloat16-greedy", "mt_bench-float32-greedy")
     assert [path.name for path in drawn] == [f"{stem}-{title}.png" for stem in stems for title in titles]
     assert all(path.read_bytes().startswith(PNG) for path in drawn)
+
+
+def test_runs_have_files_of_their_own() -> None:
+    """Whatever their names are written in, and however long they are."""
+    long = "q" * 300
+    found = slugs(
+        ["数学, float32, greedy", "诗歌, float32, greedy", "a, b", "A b", "a-b-2", f"{long}1", f"{long}2", "数" * 99]
+    )
+    assert found[:2] == ["数学-float32-greedy", "诗歌-float32-greedy"]
+    assert found[2:5] == ["a-b", "A-b-2", "a-b-2-2"]
+    assert len(set(found)) == 8
+    assert all(len(f"{slug}-speed-against-length.png".encode()) <= 255 for slug in found)
 
 
 def test_bars_are_the_medians(whole: dict[str, Any]) -> None:

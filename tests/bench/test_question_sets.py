@@ -94,6 +94,8 @@ def test_hub_datasets(
     [
         ("mt_bench", "no question file 'mt_bench', and no set of that name; sets: mt-bench, gsm8k"),
         ("absent.jsonl", "cannot be read: No such file"),
+        (r"C:\sets\absent.jsonl", "cannot be read: No such file"),
+        (r"C:\sets\absent", r"no question file 'C:.*, and no set of that name"),
         ("spec-bench", "give its path with --questions"),
         ("out-of-domain/cooking", "no set of that name"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from falcon_hf.bench.errors import BenchError
@@ -75,6 +77,16 @@ def test_bench_then_report(command: Command, models: Path) -> None:
     assert report("result.json", "--update", "README.md").exit_code == 0
     assert "| falcon |" in Path("README.md").read_text(encoding="utf-8")
     assert report("result.json", "--update", "README.md", "--check").exit_code == 0
+
+
+def test_at_a_terminal_folded_tables_stand_below_their_titles(command: Command, monkeypatch: Any) -> None:
+    terminal = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=300)
+    monkeypatch.setattr("falcon_hf.cli.bench.stdout", terminal)
+    assert command(methods="plain", drafter=None).exit_code == 0
+    lines = [line.strip() for line in terminal.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    (title,) = [index for index, line in enumerate(lines) if "Models, machine and settings of each run" in line]
+    assert any("questions, float32, greedy: " in line for line in lines[title:])
+    assert not any("details" in line for line in lines)
 
 
 def test_json_is_all_of_standard_output(command: Command) -> None:

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import typer
 from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig
 from typer.testing import Result
 
 from falcon_hf import FalconDrafter
 from falcon_hf.cli.answer import answer, encode
-from falcon_hf.cli.generate import _read_prompt
+from falcon_hf.cli.generate import _read_prompt, _sampling
 from falcon_hf.cli.loading import find_repo, load_drafter, load_target
 
 from ..bench.tiny import VOCABULARY, byte_tokenizer
@@ -108,6 +109,27 @@ def test_sampling_options_decide(generate: Generate) -> None:
     assert len(set(byte_tokenizer()(drawn).input_ids)) > 60
     penalised = as_json(generate(PROMPT, "--json", "--repetition-penalty", 3))["text"]
     assert penalised != greedy
+
+
+@pytest.mark.parametrize(
+    "own", [{"min_p": 0.9}, {"top_h": 0.1}, {"typical_p": 0.1}, {"epsilon_cutoff": 0.5}, {"eta_cutoff": 0.5}]
+)
+def test_limits_of_the_targets_own_do_not_decide(
+    generate: Generate, repos: Path, tmp_path: Path, own: dict[str, float]
+) -> None:
+    shutil.copytree(repos / "target", tmp_path / "limited")
+    GenerationConfig(do_sample=True, **own).save_pretrained(tmp_path / "limited")
+    for sampling in ((), ("--temperature", 5, "--seed", 1)):
+        limited, free = (
+            as_json(generate(PROMPT, "--json", *sampling, target=target)) for target in (tmp_path / "limited", "target")
+        )
+        assert limited["text"] == free["text"]
+
+
+@pytest.mark.parametrize("options", [(None, {}), (0, {}), (0.7, {}), (None, {"top_k": 8}), (2, {"min_p": 0.1})])
+def test_transformers_takes_all_sampling_options(options: Any) -> None:
+    temperature, limits = options
+    GenerationConfig(**_sampling(temperature, **limits)).validate(strict=True)  # its warnings are errors then
 
 
 def test_prompt_from_argument_file_and_standard_input(generate: Generate, tmp_path: Path) -> None:

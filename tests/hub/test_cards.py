@@ -15,9 +15,10 @@ from safetensors import safe_open
 
 from falcon_hf import FalconDrafter, FalconDrafterConfig
 from falcon_hf.cli.publish import render_results
-from falcon_hf.hub.cards import CardSource, build_card, read_recipe
+from falcon_hf.hub.cards import CardSource, build_card
 from falcon_hf.hub.errors import HubError
 from falcon_hf.hub.publish import prepare
+from falcon_hf.hub.recipe_file import read_recipe
 from falcon_hf.runtime.candidate_generator import config_tree
 from falcon_hf.runtime.machine_trees import MachineTrees
 from falcon_hf.tree_files import describe_tree
@@ -214,15 +215,44 @@ def test_figures_of_other_weights_are_not_this_drafters(tmp_path):
     [
         ({"run": None}, "'run' must be a JSON object, got None"),
         ({"data": [1]}, "'data' must be a JSON object"),
-        ({"card": {"limits": "English only."}}, "'limits' must be a list, got 'English only.'"),
-        ({"card": {"training": "A paragraph."}}, "'training' must be a list"),
-        ({"card": {"results": None}}, "'results' must be a list"),
+        ({"card": {"limits": "English only."}}, "'card.limits' must be a list of texts, .*, got 'English only.'"),
+        ({"card": {"training": "A paragraph."}}, "'card.training' must be a list"),
+        ({"card": {"training": [3]}}, r"'card.training' must be a list of .*, got \[3\]"),
+        ({"card": {"limits": [["a line", 3]]}}, "'card.limits' must be a list"),
+        ({"card": {"results": None}}, "'card.results' must be a list of texts"),
+        ({"card": {"results": [1]}}, "'card.results' must be a list of texts"),
+        ({"card": {"language": 5}}, "'card.language' must be a text, or a list of texts, got 5"),
+        ({"card": {"license": {}}}, "'card.license' must be a text"),
+        ({"card": {"impact": [["two"], "lines"]}}, "'card.impact' must be a text, or a list of texts"),
+        ({"curve": None}, "'curve' must be a list of JSON objects, got None"),
+        ({"curve": [1.5]}, "'curve' must be a list of JSON objects"),
+        ({"run": {"seconds": "2h"}}, "'run.seconds' must be a number, got '2h'"),
+        ({"run": {"steps": True}}, "'run.steps' must be a number"),
+        ({"data": {"sha256": ["ab"]}}, "'data.sha256' must be a text"),
+        ({"target": {"dtype": ["bfloat16"]}}, "'target.dtype' must be a text"),
+        ({"made_with": {"torch": [2, 13]}}, "'made_with' must be a JSON object of texts and numbers"),
+        ({"machine": ["A CPU"]}, "'machine' must be a JSON object, or a text"),
+        ({"machine": {"cpu": 2}}, "'machine.cpu' must be a text"),
     ],
 )
 def test_entries_of_another_kind_are_told(tmp_path, recipe, words):
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     with pytest.raises(HubError, match=words):
         read_recipe(tmp_path)
+
+
+def test_what_is_not_known_or_in_lines_is_taken(tmp_path):
+    recipe = {
+        "data": {"dialogues": None}, "run": {"seconds": None}, "machine": {"cpu": None}, "target": {"dtype": None},
+        "card": {"license": None, "language": None, "impact": ["Two", "lines."], "limits": [["One", "bullet."]]},
+    }  # fmt: skip
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    text = build_card(small_source(recipe=read_recipe(tmp_path)))
+    assert "see its card.\n\nTwo\nlines.\n" in text
+    assert "- One bullet.\n" in text
+    assert "None" not in text
+    (tmp_path / "recipe.json").write_text(json.dumps({"machine": "A CPU", "run": {"seconds": 60}}))
+    assert "Training took 1 minutes on A CPU; emissions" in build_card(small_source(recipe=read_recipe(tmp_path)))
 
 
 def test_results_of_several_machines_are_told_apart():
@@ -237,3 +267,41 @@ def test_results_of_several_machines_are_told_apart():
     assert len(entries) == len({(entry.dataset_config, entry.metric_type) for entry in entries})
     assert "H200" in hardware["float32, greedy (2)"]
     assert "H200" not in hardware["float32, greedy"]
+
+
+def of_other_questions(settings):
+    settings["questions"]["count"] = 3
+
+
+def of_another_file(settings):
+    settings["questions"]["sha256"] = "cd" * 32
+
+
+def of_other_seeds(settings):
+    settings["seeds"] = [1, 2]
+
+
+def repeated(settings):
+    settings["repeats"] = 2
+
+
+def with_other_attention(settings):
+    settings["target"]["attention"] = "eager"
+
+
+@pytest.mark.parametrize(
+    "change", [of_other_questions, of_another_file, of_other_seeds, repeated, with_other_attention]
+)
+def test_results_of_other_questions_are_told_apart(change):
+    """Results that differ in one thing are two entries of the model-index, not one with the first's settings."""
+    result = json.loads((FOLDERS[0] / "benchmarks" / "gsm8k-float32-greedy.json").read_text())
+    other = copy.deepcopy(result)
+    change(other["settings"])
+    weights = result["settings"]["methods"]["falcon"]["weights_sha256"]
+    source = small_source(results=[result, other], weights_sha256=weights)
+    entries = ModelCard(build_card(source)).data.eval_results
+    args = {entry.dataset_config: entry.dataset_args for entry in entries}
+    assert len(entries) == 2 * 4 * 2
+    assert args["float32, greedy"] != args["float32, greedy (2)"]
+    assert args["float32, greedy"]["questions"] == result["settings"]["questions"]["count"]
+    assert args["float32, greedy"]["sha256"] == result["settings"]["questions"]["sha256"][:12]

@@ -6,11 +6,14 @@ import json
 import logging
 import os
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RevisionNotFoundError
 
 from falcon_hf import FalconDrafter
+from falcon_hf.hub import convert as module
 from falcon_hf.hub.convert import convert
 from falcon_hf.hub.errors import HubError
 from falcon_hf.hub.recurrence import is_as_drawn
@@ -131,6 +134,14 @@ class TestRecurrence:
                 assert not is_as_drawn(getattr(recurrent, f"weight_hh_l{layer}").detach().to(dtype))
 
 
+def test_a_target_in_a_relative_folder_is_no_repo(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "theirs", settings(2), weights("lstm"))
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    assert convert("theirs", "models/llama").config.target_name_or_path == "./models/llama"
+    assert convert("theirs", "org/llama").config.target_name_or_path == "org/llama"
+
+
 class Bomb:
     """Unpickling it would make a file."""
 
@@ -202,3 +213,36 @@ class TestRefusals:
         self.refused(tmp_path / "falcon", "ask for lstm or lstm_stateless", fusion="linear")
         write(tmp_path / "eagle", settings(1), weights("fc"))
         self.refused(tmp_path / "eagle", "leave the fusion out", fusion="lstm")
+
+    def test_the_hub(self, tmp_path, monkeypatch):
+        """Not reached is not the same as not there, though the client's errors are of one class."""
+
+        def given(error):
+            def refuse(*_, **__):
+                raise error
+
+            monkeypatch.setattr(module, "hf_hub_download", refuse)
+
+        given(LocalEntryNotFoundError("no connection"))
+        self.refused("org/repo", "'org/repo' is no folder, and the Hub cannot be reached: try again")
+        given(EntryNotFoundError("no such file"))
+        self.refused("org/repo", "has no config.json")
+        answer = SimpleNamespace(headers={}, request=None, status_code=404)
+        given(RevisionNotFoundError("no such revision", response=answer))
+        self.refused("org/repo", "repo 'org/repo' has no revision 'v2'", revision="v2")
+        given(ConnectionError("no network"))
+        self.refused("org/repo", "no such repo or cannot be reached")
+
+    def test_offline_with_one_kind_of_weights_in_the_cache(self, tmp_path, monkeypatch):
+        """Nobody can tell then that the other kind is not on the Hub, and nobody needs to."""
+        write(tmp_path, settings(2), weights("lstm"))
+
+        def cached(repo, name, revision=None):
+            if not (tmp_path / name).is_file():
+                raise LocalEntryNotFoundError("no connection")
+            return str(tmp_path / name)
+
+        monkeypatch.setattr(module, "hf_hub_download", cached)
+        assert convert("org/repo").config.block_size == 2
+        (tmp_path / "pytorch_model.bin").unlink()
+        self.refused("org/repo", "the Hub cannot be reached")

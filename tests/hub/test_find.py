@@ -9,7 +9,7 @@ import pytest
 import torch
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError
 
-from falcon_hf import find_drafter
+from falcon_hf import FalconDrafter, find_drafter
 from falcon_hf.hub import find
 from falcon_hf.hub.errors import HubError
 from falcon_hf.hub.find import find_drafters
@@ -73,6 +73,17 @@ def test_a_name_that_lies(target, family):
     stranger = fine_tuned(target, 1.0)
     stranger.config._name_or_path = "org/b-own"
     assert find_drafters(stranger, [family], hub=False) == []
+
+
+def test_a_target_in_a_relative_folder(target, family, monkeypatch):
+    """Its drafter notes it with a dot (see ``target_name``), however it is asked for."""
+    monkeypatch.chdir(family)
+    drafter = FalconDrafter.from_pretrained("b-own")
+    drafter.config.target_name_or_path = "./d-no-drafter"
+    drafter.save_pretrained("b-own")
+    assert find_drafter("d-no-drafter", [family], hub=False) == str(family / "b-own")
+    own = type(target).from_pretrained("d-no-drafter")
+    assert [found.same_name for found in find_drafters(own, [family], hub=False)] == [True]
 
 
 def test_offline_says_so(target, family, monkeypatch, tmp_path, caplog):

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from falcon_hf import FalconDrafterConfig
-from falcon_hf.hub.cards import read_recipe
 from falcon_hf.hub.errors import HubError
+from falcon_hf.hub.recipe_file import read_recipe
 from falcon_hf.hub.stored_results import check_result, result_files
 
 FOLDER = next(path for path in sorted((Path(__file__).parents[2] / "hub_cards").iterdir()) if path.is_dir())

@@ -10,8 +10,10 @@ import sys
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from falcon_hf import FalconDrafter, FalconDrafterConfig
+from falcon_hf.runtime.repo_card import card_fields
 from falcon_hf.runtime.target import fingerprint
 from falcon_hf.training import pipeline
 from falcon_hf.training.arguments import FalconTrainingArguments, check_rollout
@@ -397,6 +399,22 @@ def test_a_drafter_that_goes_on_is_the_new_targets(tiny_target, tiny_drafter, te
     assert config.target_name_or_path is None
     assert config.target_model_type == "llama"
     assert config.block_size == 3
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_a_target_in_a_relative_folder_is_no_repo(
+    tiny_target, tiny_drafter, text_file, tmp_path, tiny_text, monkeypatch, goes_on
+):
+    """``--target models/llama``: neither the Hub's models/llama, nor a path that says whose machine it was."""
+    monkeypatch.chdir(tmp_path)
+    tiny_target(VOCAB).save_pretrained("models/llama")
+    tiny_drafter(tiny_target(VOCAB)).save_pretrained("first")
+    target = LlamaForCausalLM.from_pretrained("models/llama")
+    assert target.config._name_or_path == "models/llama"
+    plan = plan_of(text_file, tmp_path, init_from="first" if goes_on else None)
+    config = make_drafter(plan, target, tiny_text, tiny_text).config
+    assert config.target_name_or_path == "./models/llama"
+    assert "base_model" not in card_fields(config)
 
 
 @pytest.mark.parametrize(

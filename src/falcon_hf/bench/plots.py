@@ -20,6 +20,7 @@ _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#
 _WIDTH = 8.0  # inches
 _DPI = 150
 _LENGTH_BINS = 5
+_LONGEST_SLUG = 200  # bytes: file systems take names of 255, and a plot's own part has 24
 
 
 def write_plots(results: Sequence[Result], folder: Path) -> list[Path]:
@@ -36,11 +37,12 @@ def write_plots(results: Sequence[Result], folder: Path) -> list[Path]:
     except ImportError as error:
         raise BenchError("Plots need the package matplotlib: pip install 'falcon_hf[bench]'.") from error
     drawn = []
-    for name, result in zip(names(results), results, strict=True):
+    named = names(results)
+    for name, slug, result in zip(named, slugs(named), results, strict=True):
         for title, draw in _PLOTS.items():
             figure = draw(result, name)
             if figure is not None:
-                path = folder / f"{slug(name)}-{title}.png"
+                path = folder / f"{slug}-{title}.png"
                 try:
                     folder.mkdir(parents=True, exist_ok=True)
                     figure.savefig(path, dpi=_DPI)
@@ -52,9 +54,21 @@ def write_plots(results: Sequence[Result], folder: Path) -> list[Path]:
     return drawn
 
 
-def slug(name: str) -> str:
-    """A run's name as part of a file's: ``mt_bench, float32, greedy`` to ``mt_bench-float32-greedy``."""
-    return re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-")
+def slugs(names: Sequence[str]) -> list[str]:
+    """Runs' names as parts of files': ``mt_bench, float32, greedy`` to ``mt_bench-float32-greedy``.
+
+    Letters of all scripts stay. Long ones are cut, and numbered where two would share a file.
+    """
+    taken: dict[str, str] = {}
+    for name in names:
+        plain = re.sub(r"[^\w.]+", "-", name).strip("-")
+        slug = cut = plain.encode()[:_LONGEST_SLUG].decode(errors="ignore")
+        for number in itertools.count(2):
+            if slug.casefold() not in taken:  # some file systems do not tell capitals apart
+                break
+            slug = f"{cut}-{number}"
+        taken[slug.casefold()] = slug
+    return list(taken.values())
 
 
 def _figure(height: float) -> tuple[Any, Any]:

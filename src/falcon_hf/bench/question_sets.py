@@ -31,12 +31,13 @@ def find_questions(source: str) -> QuestionSet:
     Raises:
         BenchError: if there is no such set, it cannot be had, or it is not in Spec-Bench format.
     """
-    if Path(source).is_file() or (Path(source).suffix in (".jsonl", ".json") and ":" not in source):
+    repo, colon, file = source.partition(":")
+    local = not colon or len(repo) == 1  # one letter is a drive, C:\own.jsonl
+    if Path(source).is_file() or (local and Path(source).suffix in (".jsonl", ".json")):
         return read_question_file(source)
     if source in NAMES:
         return NAMES[source](source)
-    repo, colon, file = source.partition(":")
-    if colon and file:
+    if file and not local:
         return _hub_file(source, repo, file)
     raise BenchError(
         f"There is no question file {source!r}, and no set of that name; sets: {', '.join(NAMES)}. "

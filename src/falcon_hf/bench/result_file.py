@@ -38,7 +38,6 @@ class ResultFile:
 
     Attributes:
         content: what the file holds.
-        resumed: whether the file held questions already.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], session: dict[str, Any]) -> None:
@@ -68,7 +67,6 @@ class ResultFile:
                 raise BenchError(
                     f"{path} holds a run with other settings ({difference}); choose another --output, or delete it."
                 )
-        self.resumed = bool(self.content["runs"])
         if not self.content["complete"]:
             self.content["sessions"].append(session)
 

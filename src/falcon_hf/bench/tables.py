@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -189,6 +190,11 @@ def titled(title: str, content: str) -> str:
 def folded(title: str, content: str) -> str:
     """Shown when its title is clicked, on GitHub and the Hub."""
     return f"<details><summary>{title}</summary>\n\n{content}\n\n</details>"
+
+
+def unfolded(report: str) -> str:
+    """A report for a terminal, where nothing is clicked and HTML is left out: titles above what was folded away."""
+    return re.sub(r"<details><summary>(.*)</summary>", r"**\1**", report).replace("</details>\n", "")
 
 
 def _number(value: float | None) -> str:

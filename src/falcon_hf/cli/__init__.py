@@ -8,6 +8,7 @@ import typer
 
 from ..version import __version__
 from . import bench, convert, demo, distill, generate, publish, report, train, tune
+from .console import pipe_utf8
 
 # Plain help: rich's boxes leave the many options of a command no room.
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -42,4 +43,5 @@ def options(
 
 def main() -> None:
     """Run ``falcon-hf``."""
+    pipe_utf8()
     app()

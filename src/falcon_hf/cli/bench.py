@@ -15,6 +15,7 @@ from ..bench.question_sets import NAMES, find_questions
 from ..bench.report import render
 from ..bench.result_file import read_result
 from ..bench.runs import RunPlan, run
+from ..bench.tables import unfolded
 from ..drafter_loading import DrafterError, drafter_folder
 from .console import (
     AUTO,
@@ -138,7 +139,7 @@ def bench(
         shown = {key: value for key, value in result.items() if key != "runs"}
         print_json({"output": str(output), **shown})
     elif stdout.is_terminal:
-        stdout.print(Markdown(render([result])))
+        stdout.print(Markdown(unfolded(render([result]))))
     else:
         typer.echo(render([result]), nl=False)  # drawn tables would be cut to a terminal's width
 

@@ -6,8 +6,10 @@ there and exit code 2. Loading of models is in ``loading.py``.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import sys
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -30,6 +32,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 AUTO = "auto"
 DTYPE_HELP = "float32, bfloat16, float16, or auto: bfloat16 where the device multiplies it fast, else float32."
 _LONGEST_LINE = 400
+
+
+def pipe_utf8() -> None:
+    """Make standard output UTF-8 unless it is a terminal: on Windows a pipe has a code page that lacks most letters."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
+        sys.stdout.reconfigure(encoding="utf-8", errors=sys.stdout.errors)
 
 
 def fail(message: str) -> NoReturn:

@@ -15,6 +15,18 @@ from .answer import Answer, answer, encode
 from .console import DTYPE_HELP, fail, parse_device, parse_dtype, print_json, quiet, stderr, stdout
 from .loading import load_drafter, load_target, require_repo
 
+# Every option that limits what is drawn, at the value that limits nothing.
+_UNLIMITED: dict[str, Any] = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": None,
+    "top_h": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+}
+
 
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="The prompt; - or nothing: standard input.")] = None,
@@ -89,15 +101,16 @@ def generate(
 
 
 def _sampling(temperature: float | None, **limits: float | None) -> dict[str, Any]:
-    """Options of ``generate()``: all of them, so that the model's own defaults do not sneak in."""
+    """All options of ``generate()`` that say how tokens are drawn: the model's own defaults do not sneak in."""
     given = {name: value for name, value in limits.items() if value is not None}
     if temperature == 0 and given:
         names = ", ".join("--" + name.replace("_", "-") for name in given)
         fail(f"--temperature 0 is greedy: drop {names}, or raise the temperature.")
     if not temperature and not given:
-        return {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}  # unused, and the defaults
-    temperature = 1.0 if temperature is None else temperature
-    return {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0} | given
+        # Unused, but transformers warns of a top_k that is not its default.
+        return {**_UNLIMITED, "do_sample": False, "top_k": 50}
+    warmth = {} if temperature is None else {"temperature": temperature}
+    return {**_UNLIMITED, "do_sample": True, **warmth, **given}
 
 
 def _read_prompt(prompt: str | None, file: Path | None) -> str:

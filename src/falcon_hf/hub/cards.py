@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -22,9 +21,7 @@ from ..runtime.configuration_falcon_drafter import FalconDrafterConfig
 from ..runtime.dynamic_tree import DynamicTree
 from ..runtime.machine_trees import MachineTrees
 from ..runtime.repo_card import USE, card_fields, describe, is_repo_id
-from .errors import HubError
 
-RECIPE = "recipe.json"
 MARK = "<!-- Made by `falcon-hf publish` from config.json, recipe.json and benchmarks/: edit those, not this. -->"
 
 _TEMPLATE = """---
@@ -90,30 +87,6 @@ class CardSource:
     weights_sha256: str = ""
 
 
-def read_recipe(folder: Path) -> dict[str, Any]:
-    """The recipe in a drafter's folder; empty if there is none.
-
-    Raises:
-        HubError: if it is no JSON object, or an entry that the card shows is of another kind.
-    """
-    path = folder / RECIPE
-    if not path.is_file():
-        return {}
-    try:
-        recipe = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise HubError(f"{path} is not JSON: {error}.") from error
-    if not isinstance(recipe, dict) or not isinstance(recipe.get("card", {}), dict):
-        raise HubError(f"{path} is not a recipe: it, and its entry 'card', are JSON objects.")
-    for name in ("data", "run", "target", "made_with", "arguments"):
-        if not isinstance(recipe.get(name, {}), dict):
-            raise HubError(f"{path}: its entry {name!r} must be a JSON object, got {recipe[name]!r:.60}.")
-    for name in ("training", "limits", "results"):
-        if not isinstance(recipe.get("card", {}).get(name, []), list):
-            raise HubError(f"{path}: its card's entry {name!r} must be a list, got {recipe['card'][name]!r:.60}.")
-    return recipe
-
-
 def build_card(source: CardSource, tables: str = "") -> str:
     """The README.md of a drafter's repo.
 
@@ -159,11 +132,17 @@ def _evaluations(result: dict[str, Any], weights: str) -> list[EvalResult]:
     """Speed, tau and alpha of each method with this drafter, with what they were measured on."""
     settings = result["settings"]
     stem, config = stem_of_questions(settings), setting_name(settings)
+    questions, target = settings["questions"], settings["target"]
     how = {
-        "dtype": settings["target"]["dtype"],
+        "questions": questions["count"],
+        "sha256": questions["sha256"][:12],
+        "turns": questions["turns"],
+        "seeds": settings["seeds"],
+        "repeats": settings["repeats"],
+        "dtype": target["dtype"],
+        "attention": target["attention"],
         "options": settings["options"],
         "batch_size": settings.get("batch_size", 1),
-        "turns": settings["questions"]["turns"],
         "hardware": f"{processor_name(settings['machine'])}, {settings['machine']['threads']} threads, "
         f"{settings['machine']['device']}",
     }
@@ -273,7 +252,7 @@ def _training(recipe: dict[str, Any]) -> str:
     rows |= {f"held out: {name}": _number(value) for name, value in _last_evaluation(recipe).items()}
     table = [f"| {name} | {value} |" for name, value in rows.items() if value]
     parts = ["\n".join(["| | |", "|---|---|", *table])] if table else []
-    parts += ["\n".join(note) if isinstance(note, list) else note for note in notes]
+    parts += [_lines(note) for note in notes]
     return "\n\n".join(parts) or "No recipe was kept: how this drafter was trained is not known."
 
 
@@ -302,10 +281,10 @@ def _impact(recipe: dict[str, Any]) -> str:
     machine = recipe.get("machine", {})
     hardware = machine
     if isinstance(machine, dict):
-        hardware = processor_name(machine) if "cpu" in machine else None
+        hardware = processor_name(machine) if machine.get("cpu") else None
     where = machine.get("device") if isinstance(machine, dict) else None
     seconds = recipe.get("run", {}).get("seconds")
-    used = recipe.get("card", {}).get("impact") or (
+    used = _lines(recipe.get("card", {}).get("impact")) or (
         f"Training took {_duration(seconds)}"
         + (f" on {', '.join(str(part) for part in (hardware, where) if part)}" if hardware or where else "")
         + "; emissions were not measured."
@@ -316,6 +295,11 @@ def _impact(recipe: dict[str, Any]) -> str:
         "A drafter only proposes tokens; every token that comes out is the target's own choice. Biases, risks and "
         f"unsafe outputs are therefore the target's: see its card.\n\n{used}"
     )
+
+
+def _lines(paragraph: Any) -> Any:
+    """A paragraph of the recipe's, which may be a list of its lines."""
+    return "\n".join(paragraph) if isinstance(paragraph, list) else paragraph
 
 
 def _number(value: Any) -> str | None:

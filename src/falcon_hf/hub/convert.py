@@ -16,18 +16,27 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError, StrictDataclassError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RevisionNotFoundError,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..runtime.configuration_falcon_drafter import FalconDrafterConfig
 from ..runtime.modeling_falcon_drafter import FalconDrafter
 from ..runtime.target import fingerprint_of
+from ..target_name import target_name as noted_name
 from .errors import HubError
 from .recurrence import judge_recurrence
 
@@ -85,7 +94,8 @@ def convert(
         The drafter; ``save_pretrained`` it.
 
     Raises:
-        HubError: if the checkpoint is of another kind, incomplete or damaged; the message says which and why.
+        HubError: if the checkpoint is of another kind, incomplete or damaged, or the Hub does not give it; the message
+            says which and why.
     """
     settings = _read_config(source, revision)
     weights = _read_weights(source, revision)
@@ -134,7 +144,7 @@ def convert_config(
             input_norm=False,
             attention_bias="layers.0.self_attn.q_proj.bias" in weights,
             rope_parameters=_rope(settings),
-            target_name_or_path=target_name,
+            target_name_or_path=noted_name(target_name),
         )
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise HubError(f"The checkpoint's config.json does not describe a drafter: {error}") from error
@@ -228,7 +238,7 @@ def _load(drafter: FalconDrafter, weights: Weights) -> None:
 
 
 def _read_config(source: str | Path, revision: str | None) -> dict[str, Any]:
-    path = _find(source, "config.json", revision)
+    path = _find(source, ["config.json"], revision)
     if path is None:
         raise HubError(f"{str(source)!r} has no config.json: copy the checkpoint's beside its weights.")
     try:
@@ -241,7 +251,7 @@ def _read_config(source: str | Path, revision: str | None) -> dict[str, Any]:
 
 
 def _read_weights(source: str | Path, revision: str | None) -> Weights:
-    path = next((found for name in WEIGHT_FILES if (found := _find(source, name, revision)) is not None), None)
+    path = _find(source, WEIGHT_FILES, revision)
     if path is None:
         raise HubError(f"{str(source)!r} has neither {' nor '.join(WEIGHT_FILES)}: fetch the checkpoint's weights.")
     try:
@@ -266,16 +276,29 @@ def _read_weights(source: str | Path, revision: str | None) -> Weights:
     return {str(name): weight for name, weight in loaded.items()}
 
 
-def _find(source: str | Path, name: str, revision: str | None) -> Path | None:
-    """The file in the folder, or downloaded; None if it is not there."""
+def _find(source: str | Path, names: Sequence[str], revision: str | None) -> Path | None:
+    """The first of these files that is in the folder, or downloaded; None if none is there."""
     if Path(source).is_dir():
-        path = Path(source) / name
-        return path if path.is_file() else None
-    try:
-        return Path(hf_hub_download(str(source), name, revision=revision))
-    except EntryNotFoundError:
-        return None
-    except HFValidationError as error:
-        raise HubError(f"{str(source)!r} is neither a folder nor a Hub repo's name (organisation/name).") from error
-    except (HTTPError, OSError) as error:
-        raise HubError(f"{str(source)!r} is no folder, and the Hub has no such repo or cannot be reached.") from error
+        return next((path for name in names if (path := Path(source) / name).is_file()), None)
+    unreachable = None
+    for name in names:
+        try:
+            return Path(hf_hub_download(str(source), name, revision=revision))
+        except LocalEntryNotFoundError as error:  # an EntryNotFoundError, too; the next name may be in the cache
+            unreachable = error
+        except EntryNotFoundError:
+            continue
+        except RevisionNotFoundError as error:
+            raise HubError(f"The Hub's repo {str(source)!r} has no revision {revision!r}.") from error
+        except HFValidationError as error:
+            raise HubError(f"{str(source)!r} is neither a folder nor a Hub repo's name (organisation/name).") from error
+        except (HTTPError, OSError) as error:
+            raise HubError(
+                f"{str(source)!r} is no folder, and the Hub has no such repo or cannot be reached."
+            ) from error
+    if unreachable is not None:
+        raise HubError(
+            f"{str(source)!r} is no folder, and the Hub cannot be reached: try again where it can be, or name the "
+            "checkpoint's folder."
+        ) from unreachable
+    return None

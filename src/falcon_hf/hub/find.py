@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from ..runtime.configuration_falcon_drafter import FalconDrafterConfig
 from ..runtime.repo_card import TAG, is_repo_id, shape_tag
 from ..runtime.target import FINGERPRINT_TOLERANCE, fingerprint, fingerprint_distance
+from ..target_name import target_name
 from .errors import HubError
 
 logger = logging.getLogger(__name__)
@@ -102,8 +103,8 @@ def find_drafters(
 
 def _identity(target: PreTrainedModel | str) -> tuple[str | None, list[float] | None]:
     if isinstance(target, str):
-        return target, None
-    return getattr(target.config, "_name_or_path", None) or None, fingerprint(target)
+        return target_name(target), None
+    return target_name(getattr(target.config, "_name_or_path", None)), fingerprint(target)
 
 
 def _match(source: str, settings: dict[str, Any], target: PreTrainedModel | str) -> FoundDrafter | None:

@@ -17,8 +17,9 @@ from ..runtime.repo_card import first_card
 from ..runtime.repo_files import CodeStampWarning
 from ..runtime.repo_upload import upload_repo
 from ..whole_files import write_whole
-from .cards import MARK, CardSource, build_card, read_recipe
+from .cards import MARK, CardSource, build_card
 from .errors import HubError
+from .recipe_file import read_recipe
 from .stored_results import check_result, result_files
 
 Render = Callable[[Sequence[Path]], tuple[list[dict[str, Any]], str]]

@@ -13,6 +13,7 @@ from ..drafter_loading import DrafterError, load_drafter
 from ..runtime.configuration_falcon_drafter import FalconDrafterConfig
 from ..runtime.modeling_falcon_drafter import FalconDrafter
 from ..runtime.target import fingerprint
+from ..target_name import target_name
 from .dataset import TrainingData
 from .draft_vocabulary import choose_draft_vocabulary, coverage
 from .errors import TrainingError
@@ -62,7 +63,7 @@ def earlier_drafter(
             config.lookup = None  # it needs a dynamic tree
         _check(config)
     # It is this target's from now on: what generate() compares.
-    config.target_name_or_path = getattr(target.config, "_name_or_path", None) or None
+    config.target_name_or_path = target_name(getattr(target.config, "_name_or_path", None))
     config.target_model_type = text.model_type
     config.target_fingerprint = fingerprint(target)
     return drafter.train()

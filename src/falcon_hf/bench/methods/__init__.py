@@ -42,6 +42,8 @@ class MethodSpec:
 def parse_method(spec: str) -> MethodSpec:
     """``name:setting=value:...``, or ``label=name:...`` to give it a name of its own in results.
 
+    A value may have colons, as a path on Windows has: only where ``name=`` follows does the next setting begin.
+
     Raises:
         BenchError: on an unknown name or setting, or a label that a table could not show.
     """
@@ -54,12 +56,17 @@ def parse_method(spec: str) -> MethodSpec:
     method, settings = METHODS[name], {}
     if equals and (name == BASELINE) != (given == BASELINE):
         raise BenchError(f"{BASELINE!r} is the label of the baseline, and of nothing else: {spec!r}.")
+    last = ""
     for part in parts:
         setting, equals_sign, value = part.partition("=")
+        if last and not (equals_sign and setting.isidentifier()):
+            settings[last] += f":{part}"
+            continue
         if not method.takes(setting) or not equals_sign:
             known = ", ".join(f"{key}=..." for key in method.settings) or "none"
             raise BenchError(f"The method {name} has no setting {part!r}; it has: {known}.")
         settings[setting] = value
+        last = setting
     return MethodSpec(given if equals else spec, method, settings)
 
 

@@ -13,6 +13,7 @@ from ...compiled_decoding import compiled
 from ..errors import BenchError
 from .base import Forwards, Method, MethodContext, MethodResult
 
+_COMPILED = "_compiled_call"  # where transformers keeps a model's compiled forward
 MODE_SETTING = "torch.compile's; transformers' own by default, on a CPU 'default'"
 
 
@@ -33,6 +34,7 @@ class CompilingMethod(Method):
         if self.mode not in known:
             raise BenchError(f"{label}: mode must be one of {', '.join(known)}, got {self.mode!r}.")
         self._longest: int | None = None
+        self._called = False
 
     def prepare(self, longest: int) -> None:
         """Size the cache. Compiled methods share one size, or each would make graphs anew for the others'."""
@@ -50,6 +52,9 @@ class CompilingMethod(Method):
             CompileError: if the compiler fails, transformers decided not to compile, or the static cache cannot serve.
             ValueError: what ``generate()`` raises on options that do not go together.
         """
+        if not self._called:  # what another method had compiled would pass for this one's
+            vars(self.target).pop(_COMPILED, None)
+            self._called = True
         try:
             result = super().generate(ids, options)
         except torch._dynamo.exc.TorchDynamoException as error:  # the backend's failures are among them
@@ -58,7 +63,7 @@ class CompilingMethod(Method):
             if "cache" not in str(error):
                 raise
             raise CompileError(str(error)) from error
-        if len(result.rows[0]) > 1 and not hasattr(self.target, "_compiled_call"):
+        if len(result.rows[0]) > 1 and not hasattr(self.target, _COMPILED):
             raise CompileError("transformers does not compile this target (its cache or quantisation rules it out)")
         return result
 
