@@ -98,6 +98,35 @@ def test_resume_and_a_folder_in_use(tiny_target, text_file, tmp_path):
     assert recipe["run"]["steps"] == 12
 
 
+@pytest.mark.parametrize("steps", [8, 6])
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_a_finished_training_resumes_without_another_step(
+    tiny_target, tiny_drafter, text_file, tmp_path, steps, lora_rank
+):
+    """Cut off behind its last checkpoint, or asked for fewer steps: the drafter is that checkpoint's, and evaluated."""
+    target, plan = tiny_target(VOCAB), {}
+    if lora_rank:
+        tiny_drafter(target, 2, "linear").save_pretrained(tmp_path / "first")
+        plan = {"init_from": str(tmp_path / "first"), "lora_rank": lora_rank}
+    train(text_file, target, tmp_path, **plan)
+    folder, again = tmp_path / "drafter", tmp_path / "again"
+    folder.rename(again)
+    path = tmp_path / "checkpoints" / "checkpoint-8" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    state["log_history"] = [entry for entry in state["log_history"] if "eval_loss" not in entry]
+    path.write_text(json.dumps(state))  # which is evaluated at its end, if it was not before
+    train(text_file, target, tmp_path, resume=True, given={"max_steps": steps}, **plan)
+    one, other = (FalconDrafter.from_pretrained(path).state_dict() for path in (again, folder))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    first, second = (json.loads((path / "recipe.json").read_text()) for path in (again, folder))
+    assert (second["run"]["steps"], first["run"]["steps"]) == (8, 8)
+    assert second["run"]["positions_seen"] == first["run"]["positions_seen"]
+    evaluated = [[entry for entry in made["curve"] if "eval_loss" in entry][-1] for made in (first, second)]
+    assert evaluated[0]["eval_loss"] == pytest.approx(evaluated[1]["eval_loss"], rel=1e-5)
+    train(text_file, target, tmp_path, resume=True, given={"max_steps": 9}, **plan)  # the control
+    assert json.loads((folder / "recipe.json").read_text())["run"]["steps"] == 9
+
+
 def test_a_finished_drafter_is_not_overwritten(tiny_target, tiny_drafter, text_file, tmp_path):
     target = tiny_target(VOCAB)
     tiny_drafter(target, 2, "linear").save_pretrained(tmp_path / "drafter")
