@@ -10,12 +10,14 @@ import sys
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from falcon_hf import FalconDrafter, FalconDrafterConfig
 from falcon_hf.runtime.target import fingerprint
 from falcon_hf.training import pipeline
 from falcon_hf.training.arguments import FalconTrainingArguments, check_rollout
 from falcon_hf.training.errors import TrainingError
+from falcon_hf.training.features import compute_features
 from falcon_hf.training.new_drafter import make_drafter
 from falcon_hf.training.pipeline import default_learning_rate, train_drafter
 from falcon_hf.training.plan import TrainingPlan
@@ -125,6 +127,38 @@ def test_a_finished_training_resumes_without_another_step(
     assert evaluated[0]["eval_loss"] == pytest.approx(evaluated[1]["eval_loss"], rel=1e-5)
     train(text_file, target, tmp_path, resume=True, given={"max_steps": 9}, **plan)  # the control
     assert json.loads((folder / "recipe.json").read_text())["run"]["steps"] == 9
+
+
+def test_dialogues_that_are_held_out_are_not_trained_on(tiny_target, text_file, tmp_path):
+    """Two texts may share some; the features and laws of the others are still their own."""
+    target, said, seen = tiny_target(VOCAB), [], []
+    lines = text_file.read_text().splitlines(keepends=True)
+    both = [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
+    both[0].write_text("".join(lines[-3:] + lines[:20]))
+    both[1].write_text("".join(lines[20:]))
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args, state, control, train_dataloader=None, **_):
+            seen.append(train_dataloader.dataset)
+
+    plan = TrainingPlan(both, tmp_path / "drafter", held_out=6, cache=tmp_path / "cache", tree=[[0], [1], [0, 0]])
+    train_drafter(plan, arguments(tmp_path, max_steps=2), target, report=said.append, callbacks=[Watch()])
+    assert "3 dialogues are among those held out, and not trained on" in said
+    (data,) = seen
+    rows = [json.loads(line)["input_ids"] for line in lines]
+    assert [item["input_ids"].tolist() for item in data] == rows[:34]
+    for item in data:
+        ids = torch.from_numpy(item["input_ids"]).long()[None]
+        features = compute_features(target, ids, torch.ones_like(ids))[0]
+        assert torch.allclose(item["features"].float(), features, atol=0.05)
+        assert len(item["labels"]) == ids.shape[1]
+    recipe = json.loads((tmp_path / "drafter" / "recipe.json").read_text())
+    assert (recipe["data"]["dialogues"], recipe["data"]["held_out_dialogues"]) == (34, 6)
+    both[0].write_text("".join(lines[-3:]))
+    both[1].write_text("".join(lines[-6:]))
+    again = TrainingPlan(both, tmp_path / "other", held_out=6, cache=tmp_path / "cache")
+    with pytest.raises(TrainingError, match="Every dialogue to train on is among those held out"):
+        train_drafter(again, arguments(tmp_path / "other", max_steps=2), target)
 
 
 def test_a_finished_drafter_is_not_overwritten(tiny_target, tiny_drafter, text_file, tmp_path):
