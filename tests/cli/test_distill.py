@@ -31,6 +31,17 @@ def test_a_dataset_from_prompts_then_more_of_it(run: Run, repos: Path, tmp_path:
     assert all(sum(mask) == 6 for mask in rows["loss_mask"])
 
 
+def test_more_of_the_same_prompts_in_another_folder(run: Run, repos: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "Question {number}?"}}\n' for number in range(8)))
+    given = ("--prompts", prompts, "--dialogues", 3)
+    assert distill(run, repos, tmp_path / "one", *given).exit_code == 0
+    result = distill(run, repos, tmp_path / "two", *given, "--new-to", tmp_path / "one")
+    assert "3 dialogues with" in result.stdout
+    ids = [{tuple(row) for row in load_from_disk(str(tmp_path / name))["input_ids"]} for name in ("one", "two")]
+    assert not ids[0] & ids[1]
+
+
 def test_excluded_questions_are_not_answered(run: Run, repos: Path, tmp_path: Path) -> None:
     prompts, questions = tmp_path / "prompts.jsonl", tmp_path / "questions.jsonl"
     prompts.write_text('{"prompt": "Mine alone?"}\n{"prompt": "Of a benchmark?"}\n')
@@ -51,6 +62,8 @@ def test_excluded_questions_are_not_answered(run: Run, repos: Path, tmp_path: Pa
         (("--dtype", "int3"), "--dtype must be one of"),
         (("--column", "prompt"), "--column: needs --prompts"),
         (("--top-p", "0.5"), "--top-p: needs a --temperature"),
+        (("--prompts", "nowhere.jsonl", "--seed", "1"), "--seed: draws nothing"),
+        (("--new-to", "nowhere"), "nowhere holds no turns.jsonl"),
         (("--prompts", "nowhere.jsonl", "--stems", "stems.txt"), "--stems: begins turns"),
     ],
 )

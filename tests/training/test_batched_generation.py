@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from falcon_hf.training import batched_generation, grouped_attention
 from falcon_hf.training.batched_generation import Sampler, Text, generate_texts, greedy
 from falcon_hf.training.growing_cache import GrowingCache
 
-from ..runtime.families import tiny_family
+from ..runtime.families import FAMILIES, SHAPE, tiny_family
 
 VOCAB = 24
 END_IDS = [1, 3, 5, 7, 9, 11]
@@ -58,6 +58,18 @@ def test_every_text_is_that_of_generate(family: str) -> None:
     }
     lengths = {len(text.tokens) for text in texts.values()}
     assert len(lengths) > 1  # some ended early, so rows were replaced
+
+
+@pytest.mark.parametrize("width", [8, 24])
+def test_values_of_another_width_than_the_keys(width: int) -> None:
+    """As in multi-head latent attention, whose heads are 16 wide here."""
+    torch.manual_seed(0)
+    shape = SHAPE | FAMILIES["deepseek_v3"] | {"v_head_dim": width, "initializer_range": 0.3}
+    config = AutoConfig.for_model("deepseek_v3", **shape)
+    target = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32).eval()
+    prompts = some_prompts(5)
+    texts = together(target, prompts)
+    assert [texts[number].tokens for number in range(5)] == [alone(target, prompt) for prompt in prompts]
 
 
 def test_rows_that_see_the_padding_give_other_texts(tiny_target: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import json
 import pytest
 from datasets import Dataset, DatasetDict
 
-from falcon_hf.training.dataset import joined, load_training_data, split
+from falcon_hf.training.dataset import joined, load_training_data, rows_not_in, split
 from falcon_hf.training.errors import TrainingError
 
 ROWS = [
@@ -158,6 +158,15 @@ def test_split_holds_the_last_out(tmp_path):
     assert len(split(data, 0)[1]) == 0
     with pytest.raises(TrainingError, match="3 dialogues"):
         split(data, 3)
+
+
+def test_rows_that_another_text_has_not(tmp_path):
+    """To the last token: a beginning is another dialogue."""
+    longer = {"input_ids": [*ROWS[2]["input_ids"], 1], "loss_mask": [0, 0, 0, 1, 1]}
+    data = load_training_data(write_lines(tmp_path / "a.jsonl", [*ROWS, longer]), 10, 100)
+    other = load_training_data(write_lines(tmp_path / "b.jsonl", [ROWS[2], ROWS[0]]), 10, 100)
+    assert rows_not_in(data, other).tolist() == [1, 3]
+    assert rows_not_in(data, split(other, 0)[1]).tolist() == [0, 1, 2, 3]
 
 
 def test_a_distillation_that_has_not_finished(tmp_path):

@@ -15,11 +15,12 @@ import torch
 from datasets import load_from_disk
 
 from falcon_hf.training import distillation
-from falcon_hf.training.distillation import DistillationSettings, distil, read_lines, save_dataset
+from falcon_hf.training.distillation import DistillationSettings, asked_turns, distil, read_lines, save_dataset
 from falcon_hf.training.errors import DistillationError
 from falcon_hf.training.features import target_digest
 
 from ..bench.tiny import VOCABULARY, byte_tokenizer
+from ..runtime.families import CHAIN_FAMILIES, tiny_family
 
 SETTINGS = DistillationSettings(dialogues=9, batch_size=3, max_new_tokens=12, stems=["Say", "Sing a", "Why"], seed=4)
 
@@ -120,6 +121,83 @@ def test_layers_that_are_not_there_are_refused_first(target: Any, tmp_path: Path
     with pytest.raises(DistillationError, match=r"from 0 \(the embeddings\) to 2"):
         run(target, tmp_path / "out", replace(SETTINGS, feature_layers=layers))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", sorted(CHAIN_FAMILIES))
+def test_targets_whose_rows_cannot_be_replaced_are_refused_first(tmp_path: Path, family: str) -> None:
+    with pytest.raises(DistillationError, match=r"go by a cache's slots.*generate\(\).*\.jsonl"):
+        run(tiny_family(family), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_targets_that_nothing_is_drafted_for_are_refused_first(target: Any, tmp_path: Path) -> None:
+    stateful = copy.deepcopy(target)
+    stateful.config.model_type = "mamba"
+    with pytest.raises(DistillationError, match="cannot draft for LlamaForCausalLM: it keeps a recurrent state"):
+        run(stateful, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_command_that_failed_before_its_first_dialogue_locks_nothing(target: Any, tmp_path: Path) -> None:
+    """A mistyped file of prompts; and turns that were begun in another way are not answered."""
+    with pytest.raises(DistillationError, match="There is no file"):
+        run(target, tmp_path, replace(SETTINGS, prompts=str(tmp_path / "none.jsonl"), feature_layers=[2]))
+    (tmp_path / "turns.jsonl").write_text('{"turn": "Begun otherwise?"}\n')
+    (tmp_path / "features.bfloat16").write_bytes(bytes(10))
+    assert run(target, tmp_path) == 9
+    assert "Begun otherwise?" not in asked_turns(tmp_path)
+    assert not (tmp_path / "features.bfloat16").exists()
+    assert json.loads((tmp_path / "recipe.json").read_text())["settings"]["prompts"] is None
+    with pytest.raises(DistillationError, match="seed differ"):  # the control
+        run(target, tmp_path, replace(SETTINGS, seed=5))
+
+
+def test_turns_that_were_begun_the_same_way_are_kept(target: Any, tmp_path: Path) -> None:
+    next(distil(target, byte_tokenizer(), SETTINGS, tmp_path))
+    (tmp_path / "dialogues.jsonl").unlink()  # as if it had been cut off before the first
+    begun = asked_turns(tmp_path)
+    run(target, tmp_path)
+    assert asked_turns(tmp_path)[: len(begun)] == begun
+
+
+def test_a_foreign_recipe_is_never_overwritten(target: Any, tmp_path: Path) -> None:
+    """Such as that of a drafter's folder."""
+    (tmp_path / "recipe.json").write_text('{"target": {}, "curve": []}')
+    with pytest.raises(DistillationError, match="no recipe of falcon-hf distill"):
+        run(target, tmp_path)
+    assert (tmp_path / "recipe.json").read_text() == '{"target": {}, "curve": []}'
+
+
+def test_turns_of_another_folder_are_not_asked_again(target: Any, tmp_path: Path) -> None:
+    prompts, first, second = tmp_path / "prompts.jsonl", tmp_path / "first", tmp_path / "second"
+    prompts.write_text("".join(json.dumps({"prompt": f"Question {number}?"}) + "\n" for number in range(8)))
+    settings = replace(SETTINGS, prompts=str(prompts), dialogues=3)
+    run(target, first, settings)
+    with (first / "turns.jsonl").open("a") as file:
+        file.write('{"turn": "Cut o')  # it is being written
+    before = (first / "turns.jsonl").read_bytes()
+    further = replace(settings, asked=asked_turns(first))
+    assert run(target, second, further) == 3
+    assert (first / "turns.jsonl").read_bytes() == before
+    asked = [{tuple(line["p"]) for line in dialogues(folder)} for folder in (first, second)]
+    assert not asked[0] & asked[1]
+    recipe = json.loads((second / "recipe.json").read_text())
+    assert recipe["settings"]["asked"]["count"] == len(further.asked)
+    assert json.loads((first / "recipe.json").read_text())["settings"]["asked"] is None
+    with pytest.raises(DistillationError, match="asked differ"):
+        run(target, second, replace(settings, dialogues=4))
+    run(target, tmp_path / "again", settings)  # the control
+    assert {tuple(line["p"]) for line in dialogues(tmp_path / "again")} == asked[0]
+    with pytest.raises(DistillationError, match=r"nowhere holds no turns\.jsonl"):
+        asked_turns(tmp_path / "nowhere")
+
+
+def test_folders_from_before_there_were_others_turns_go_on(target: Any, tmp_path: Path) -> None:
+    run(target, tmp_path)
+    recipe = json.loads((tmp_path / "recipe.json").read_text())
+    del recipe["settings"]["asked"]
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    assert run(target, tmp_path, replace(SETTINGS, dialogues=10)) == 1
 
 
 def test_data_of_other_settings_is_not_mixed_in(target: Any, tiny_target: Any, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from falcon_hf.training import features as module
 from falcon_hf.training.errors import TrainingError
@@ -131,6 +132,37 @@ def test_a_target_that_changed(target, tiny_text, tmp_path):
             build(tmp_path, changed, tiny_text)
     assert target_digest(copy.deepcopy(target)) == target_digest(target)
     assert sorted((path.name, path.stat().st_mtime_ns) for path in tmp_path.iterdir()) == before
+
+
+def test_the_digest_of_ordinary_weights_stays_what_it_was():
+    """What was stored with it is recognised by it."""
+    module = torch.nn.Linear(3, 2)
+    with torch.no_grad():
+        module.weight.copy_(torch.arange(6).view(2, 3))
+        module.bias.fill_(0.5)
+    assert target_digest(module) == "35c5ac760bf953c634bb9523894360c5822fee672b95a9584a190a8565760f45"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("embeddings", [False, True], ids=["", "embeddings"])
+def test_a_quantised_target_has_a_digest(target, tmp_path, embeddings):
+    """Weights of torchao take no views and strided slices."""
+    quantization = pytest.importorskip("torchao.quantization")
+    target.save_pretrained(tmp_path)
+
+    def loaded(weights):
+        config = TorchAoConfig(weights, include_input_output_embeddings=embeddings)
+        return AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=torch.float32)
+
+    eight = quantization.Int8WeightOnlyConfig()
+    four = quantization.IntxWeightOnlyConfig(torch.int4, quantization.PerGroup(32))
+    digests = [held_digest(model) for model in (target, loaded(eight), loaded(eight), loaded(four))]
+    assert digests[1] == digests[2]
+    assert len({*digests}) == 3
+    tuned = loaded(eight)
+    with torch.no_grad():
+        tuned.model.layers[1].mlp.up_proj.weight.scale.mul_(1.01)
+    assert held_digest(tuned) != digests[1]
 
 
 def test_an_offloaded_target_is_not_cached(target, tiny_text):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -52,19 +54,40 @@ def test_layers_can_start_as_the_targets(tiny_target, tiny_drafter):
         ("qwen2", {"attention_bias": True}, None),
         ("qwen3", {}, r"have self_attn\.k_norm\.weight, which"),
         ("gemma2", {}, "norm is of another kind"),
+        ("granite", {}, "GraniteForCausalLM's layers compute something else"),
+        ("smollm3", {}, "compute something else"),
+        ("llama", {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}, "keep the target's heads"),
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 20.0}}, "positions"),
+        ("llama", {}, None),
+        ("llama", {"input_norm": False, "block_mixing": True}, None),
     ],
 )
 def test_a_layer_that_cannot_be_copied_whole_is_refused(tiny_drafter, family, config, words):
     target = tiny_family(family)
+    last = target.model.layers[-1]
     if family == "qwen2":
-        torch.nn.init.normal_(target.model.layers[-1].self_attn.q_proj.bias)
-    drafter = tiny_drafter(target, 2, "linear", **config)
+        torch.nn.init.normal_(last.self_attn.q_proj.bias)
+    drafter, state = tiny_drafter(target, 2, "linear", **config), torch.get_rng_state()
     if words is not None:
         with pytest.raises(TrainingError, match=words):
             start_from_target_layers(drafter, target)
         return
     start_from_target_layers(drafter, target)
-    assert torch.equal(drafter.layers[0].attention.q_proj.bias, target.model.layers[-1].self_attn.q_proj.bias)
+    ours, theirs = drafter.layers[0].attention.q_proj, last.self_attn.q_proj
+    assert torch.equal(ours.weight, theirs.weight)
+    assert family != "qwen2" or torch.equal(ours.bias, theirs.bias)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not last._forward_hooks
+    assert not last._forward_pre_hooks
+
+
+def test_a_target_in_half_precision_is_copied(tiny_target, tiny_drafter):
+    """Its layer and a copy differ by rounding, which is not taken for another computation."""
+    target = copy.deepcopy(tiny_target(VOCAB)).bfloat16()
+    drafter = tiny_drafter(target, 2, "linear", num_hidden_layers=2)
+    start_from_target_layers(drafter, target)
+    assert drafter.dtype == torch.float32
+    assert torch.equal(drafter.layers[1].mlp.up_proj.weight, target.model.layers[1].mlp.up_proj.weight.float())
 
 
 def test_sizes_and_scale():

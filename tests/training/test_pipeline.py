@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, TrainerCallback
 
 from falcon_hf import FalconDrafter, FalconDrafterConfig
 from falcon_hf.runtime.repo_card import card_fields
@@ -18,6 +18,7 @@ from falcon_hf.runtime.target import fingerprint
 from falcon_hf.training import pipeline
 from falcon_hf.training.arguments import FalconTrainingArguments, check_rollout
 from falcon_hf.training.errors import TrainingError
+from falcon_hf.training.features import compute_features
 from falcon_hf.training.new_drafter import make_drafter
 from falcon_hf.training.pipeline import default_learning_rate, train_drafter
 from falcon_hf.training.plan import TrainingPlan
@@ -98,6 +99,67 @@ def test_resume_and_a_folder_in_use(tiny_target, text_file, tmp_path):
     train(text_file, target, tmp_path, resume=True, given={"max_steps": 12})
     recipe = json.loads((tmp_path / "drafter" / "recipe.json").read_text())
     assert recipe["run"]["steps"] == 12
+
+
+@pytest.mark.parametrize("steps", [8, 6])
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_a_finished_training_resumes_without_another_step(
+    tiny_target, tiny_drafter, text_file, tmp_path, steps, lora_rank
+):
+    """Cut off behind its last checkpoint, or asked for fewer steps: the drafter is that checkpoint's, and evaluated."""
+    target, plan = tiny_target(VOCAB), {}
+    if lora_rank:
+        tiny_drafter(target, 2, "linear").save_pretrained(tmp_path / "first")
+        plan = {"init_from": str(tmp_path / "first"), "lora_rank": lora_rank}
+    train(text_file, target, tmp_path, **plan)
+    folder, again = tmp_path / "drafter", tmp_path / "again"
+    folder.rename(again)
+    path = tmp_path / "checkpoints" / "checkpoint-8" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    state["log_history"] = [entry for entry in state["log_history"] if "eval_loss" not in entry]
+    path.write_text(json.dumps(state))  # which is evaluated at its end, if it was not before
+    train(text_file, target, tmp_path, resume=True, given={"max_steps": steps}, **plan)
+    one, other = (FalconDrafter.from_pretrained(path).state_dict() for path in (again, folder))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    first, second = (json.loads((path / "recipe.json").read_text()) for path in (again, folder))
+    assert (second["run"]["steps"], first["run"]["steps"]) == (8, 8)
+    assert second["run"]["positions_seen"] == first["run"]["positions_seen"]
+    evaluated = [[entry for entry in made["curve"] if "eval_loss" in entry][-1] for made in (first, second)]
+    assert evaluated[0]["eval_loss"] == pytest.approx(evaluated[1]["eval_loss"], rel=1e-5)
+    train(text_file, target, tmp_path, resume=True, given={"max_steps": 9}, **plan)  # the control
+    assert json.loads((folder / "recipe.json").read_text())["run"]["steps"] == 9
+
+
+def test_dialogues_that_are_held_out_are_not_trained_on(tiny_target, text_file, tmp_path):
+    """Two texts may share some; the features and laws of the others are still their own."""
+    target, said, seen = tiny_target(VOCAB), [], []
+    lines = text_file.read_text().splitlines(keepends=True)
+    both = [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
+    both[0].write_text("".join(lines[-3:] + lines[:20]))
+    both[1].write_text("".join(lines[20:]))
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args, state, control, train_dataloader=None, **_):
+            seen.append(train_dataloader.dataset)
+
+    plan = TrainingPlan(both, tmp_path / "drafter", held_out=6, cache=tmp_path / "cache", tree=[[0], [1], [0, 0]])
+    train_drafter(plan, arguments(tmp_path, max_steps=2), target, report=said.append, callbacks=[Watch()])
+    assert "3 dialogues are among those held out, and not trained on" in said
+    (data,) = seen
+    rows = [json.loads(line)["input_ids"] for line in lines]
+    assert [item["input_ids"].tolist() for item in data] == rows[:34]
+    for item in data:
+        ids = torch.from_numpy(item["input_ids"]).long()[None]
+        features = compute_features(target, ids, torch.ones_like(ids))[0]
+        assert torch.allclose(item["features"].float(), features, atol=0.05)
+        assert len(item["labels"]) == ids.shape[1]
+    recipe = json.loads((tmp_path / "drafter" / "recipe.json").read_text())
+    assert (recipe["data"]["dialogues"], recipe["data"]["held_out_dialogues"]) == (34, 6)
+    both[0].write_text("".join(lines[-3:]))
+    both[1].write_text("".join(lines[-6:]))
+    again = TrainingPlan(both, tmp_path / "other", held_out=6, cache=tmp_path / "cache")
+    with pytest.raises(TrainingError, match="Every dialogue to train on is among those held out"):
+        train_drafter(again, arguments(tmp_path / "other", max_steps=2), target)
 
 
 def test_a_finished_drafter_is_not_overwritten(tiny_target, tiny_drafter, text_file, tmp_path):

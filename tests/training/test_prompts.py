@@ -12,7 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from falcon_hf.training import prompts
+from falcon_hf.training.batched_generation import Text
 from falcon_hf.training.errors import DistillationError
 from falcon_hf.training.prompts import (
     chat_prompt,
@@ -142,6 +146,19 @@ def test_made_turns_begin_with_stems_end_by_themselves_and_repeat_with_the_seed(
     assert all(turn.startswith(("Say", "Sing")) and "{" not in turn[:10] for turn in turns)
     assert turns == some(1) != some(2)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_made_turn_keeps_the_space_behind_its_stem(tiny_target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoders as Llama 2's and Mistral's leave out the space before the first word of what they decode."""
+    words = ["</s>", "\u2581Can", "\u2581you", "\u2581help", "\u2581me", "?"]
+    inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, "</s>"))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
+    assert tokenizer.decode([3, 4]) == "help me"  # the control: alone it has no space to bring
+    for said, turn in (([3, 4, 5, 0], "Can you help me?"), ([5, 0], "Can you?"), ([0], "Can you")):
+        monkeypatch.setattr(prompts, "generate_texts", lambda *_, said=said, **__: [Text(0, said)])
+        made = made_turns(tiny_target(VOCABULARY, seed=31), tokenizer, batch_size=1, seed=0, stems=["Can you "])
+        assert next(made) == turn
 
 
 def test_a_target_that_ends_no_turn_is_told(tiny_target: Any) -> None:

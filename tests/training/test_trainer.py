@@ -295,7 +295,7 @@ def test_cached_laws_are_the_same_curve(tiny_target, tiny_drafter, tiny_text, tm
     laws = LawCache.build(cache, DraftHead(target.lm_head.weight.detach()))
     curves = []
     for of in (None, laws):
-        data = DialogueDataset(tiny_text, cache, 0, of)
+        data = DialogueDataset(tiny_text, cache, laws=of)
         given = {"vocabulary_weight": 1.0, "rollout_passes": 2, "rollout_start": 0.0}
         drafter = fresh(tiny_drafter, target, feature_layers=layers)
         trainer = FalconTrainer(drafter, arguments(tmp_path, **given), target, data)

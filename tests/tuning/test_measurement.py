@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from falcon_hf import FalconCandidateGenerator, TreeShape
+from falcon_hf.cli.tune_check import check_settings
 from falcon_hf.runtime.dynamic_tree import DynamicTree
 from falcon_hf.runtime.target import family
 from falcon_hf.runtime.tree_shape import chain
@@ -278,6 +279,34 @@ def test_unknown_drafters_and_no_prompts_are_refused(calibrated):
     stranger = [dataclasses.replace(settings[0], drafter="other")]
     with pytest.raises(TuningError, match="No drafter 'other'"):
         measure(target, drafters, prompts, stranger, 4)
+
+
+@pytest.mark.parametrize(
+    ("plan", "config", "message"),
+    [
+        ({"contexts": (8, 511)}, {}, "512 positions; ask for contexts up to 510"),
+        ({"contexts": (8,)}, {"draft_vocab_size": 9}, "9 tokens is too small to tune for: 10"),
+    ],
+)
+def test_what_cannot_be_timed_is_told_before_anything_is_measured(tiny_target, tiny_drafter, plan, config, message):
+    target, said = tiny_target(), []
+    drafters = [NamedDrafter(str(own), tiny_drafter(target, 2, **own), {}) for own in ({}, config)]
+    with pytest.raises(TuningError, match=message):
+        calibrate(target, drafters, [Prompt(prompt_ids(24, 6))], CalibrationPlan(**plan), {}, said.append)
+    assert said == []
+
+
+@pytest.mark.parametrize("count", [1, None])
+def test_the_best_tree_is_measured_as_a_dynamic_one_whatever_its_kind(calibrated, count):
+    """With two nodes the best tree is the chain of one."""
+    calibration, plan = calibrated[3], CalibrationPlan(passes=1, nodes=2)
+    best = next(one for one in choose(calibration.options(), 1, 2) if one.nodes == 2)
+    assert best.kind == "chain"
+    settings = check_settings(calibration, best, plan, count, dynamic=True)
+    assert (settings[0].shape, settings[0].dynamic) == (best.shape, None)
+    twins = [one for one in settings if one.dynamic is not None]
+    assert twins[0].shape == best.shape
+    assert not [one for one in check_settings(calibration, best, plan, count, False) if one.dynamic]
 
 
 def test_targets_that_verify_chains_alone_are_refused(calibrated, monkeypatch):

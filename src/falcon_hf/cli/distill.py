@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..bench.errors import BenchError
 from ..bench.question_sets import find_questions
 from ..bench.questions import read_lines
-from ..training.distillation import DistillationSettings, distil, need_datasets, save_dataset
+from ..training.distillation import DistillationSettings, asked_turns, distil, need_datasets, save_dataset
 from ..training.errors import DistillationError
 from .console import (
     AUTO,
@@ -45,6 +45,10 @@ def distill(
         list[str] | None,
         typer.Option(help="Questions that no prompt may share a passage with: a file or a set's name; repeatable."),
     ] = None,
+    new_to: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder of another distillation, whose user turns are not asked again; repeatable."),
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="Of the answers; 0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Of sampled answers.")] = 0.95,
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Longer prompts are left out.")] = 256,
@@ -75,6 +79,11 @@ def distill(
         refuse_options(command, {"stems"}, "begins turns that the target makes itself, so not with --prompts")
     if temperature == 0:
         refuse_options(command, {"top_p"}, "needs a --temperature above 0")
+        if prompts is not None:
+            why = (
+                "draws nothing for greedy answers to --prompts; other prompts than an earlier folder's: --new-to FOLDER"
+            )
+            refuse_options(command, {"seed"}, why)
     try:
         settings = DistillationSettings(
             dialogues=dialogues,
@@ -85,6 +94,7 @@ def distill(
             excluded=[
                 turn for file in exclude or [] for question in find_questions(file).questions for turn in question.turns
             ],
+            asked=[turn for folder in new_to or [] for turn in asked_turns(folder)],
             temperature=temperature,
             top_p=top_p,
             max_prompt_tokens=max_prompt_tokens,

@@ -23,7 +23,8 @@ def check_settings(
 ) -> list[Prediction]:
     """The settings to measure: ``count`` spread ones, or for None a sweep and the automatic choice ``best``.
 
-    With ``dynamic`` each tuned tree a second time, as a dynamic one.
+    With ``dynamic`` each tuned tree a second time, as a dynamic one, and always the best, which may be a chain or the
+    paper's tree as well.
     """
     options = calibration.options()
     if count is not None:
@@ -31,7 +32,8 @@ def check_settings(
     else:
         # The automatic choice is none of the sweep's sizes: it is measured beside them.
         chosen = [replace(best, kind="chosen"), *sweep_settings(options, plan.passes, plan.nodes)]
-    return chosen + [calibration.dynamic(one) for one in chosen if dynamic and one.kind in ("tuned", "chosen")]
+    twins = [one for place, one in enumerate(chosen) if place == 0 or one.kind == "tuned"]  # the first is the best
+    return chosen + [calibration.dynamic(one) for one in twins if dynamic]
 
 
 def run_check(

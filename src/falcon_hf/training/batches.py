@@ -29,7 +29,7 @@ class DialogueDataset(Dataset[dict[str, Any]]):
     Args:
         data: the dialogues.
         features: their cache, or None to compute features on the fly.
-        first: the cache's number of the first dialogue.
+        numbers: ``[D]``, the caches' number of each dialogue; by default they are as here.
         laws: the cache of the target's laws, if there is one.
     """
 
@@ -37,13 +37,13 @@ class DialogueDataset(Dataset[dict[str, Any]]):
         self,
         data: TrainingData,
         features: FeatureCache | None = None,
-        first: int = 0,
+        numbers: np.ndarray | None = None,
         laws: LawCache | None = None,
     ) -> None:
         self.data = data
         self.features = features
         self.laws = laws
-        self._first = first
+        self._numbers = np.arange(len(data)) if numbers is None else numbers
 
     def __len__(self) -> int:
         return len(self.data)
@@ -51,10 +51,11 @@ class DialogueDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         part = slice(self.data.offsets[index], self.data.offsets[index + 1])
         item: dict[str, Any] = {"input_ids": self.data.tokens[part], "loss_mask": self.data.loss_mask[part]}
+        number = int(self._numbers[index])
         if self.features is not None:
-            item["features"] = self.features.rows(self._first + int(index))
+            item["features"] = self.features.rows(number)
         if self.laws is not None:
-            item |= self.laws.rows(self._first + int(index))
+            item |= self.laws.rows(number)
         return item
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import itertools
 import json
 import zlib
 from collections.abc import Iterator
@@ -125,6 +126,13 @@ def split(data: TrainingData, held_out: int) -> tuple[TrainingData, TrainingData
     rows = np.arange(len(data))
     cut = len(data) - held_out
     return data.subset(rows[:cut]), data.subset(rows[cut:])
+
+
+def rows_not_in(data: TrainingData, other: TrainingData) -> np.ndarray:
+    """Numbers of the dialogues of ``data`` that ``other`` has not, to the last token."""
+    there = {other.tokens[start:end].tobytes() for start, end in itertools.pairwise(other.offsets)}
+    new = [data.tokens[start:end].tobytes() not in there for start, end in itertools.pairwise(data.offsets)]
+    return np.flatnonzero(new)
 
 
 def _usable(data: TrainingData, max_length: int) -> TrainingData:

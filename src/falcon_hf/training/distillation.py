@@ -23,7 +23,7 @@ import transformers
 from filelock import FileLock, Timeout
 from transformers import PreTrainedModel
 
-from ..runtime.target import fingerprint
+from ..runtime.target import family, fingerprint
 from ..version import __version__
 from ..whole_files import write_whole
 from .batched_generation import Sampler, generate_texts, greedy
@@ -50,6 +50,7 @@ class DistillationSettings:
         split: of the dataset.
         stems: beginnings of self-made turns; None: those of ``stems.py``.
         excluded: user turns that no prompt may share a passage with (a benchmark's), see [`distinct`].
+        asked: user turns of other distillations, which are not asked again.
         temperature: of the answers; 0 is greedy.
         top_p: of sampled answers.
         max_prompt_tokens: longer prompts are left out.
@@ -65,6 +66,7 @@ class DistillationSettings:
     split: str = "train"
     stems: list[str] | None = None
     excluded: list[str] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)
     temperature: float = 0.0
     top_p: float = 0.95
     max_prompt_tokens: int = 256
@@ -134,8 +136,9 @@ def distil(target: PreTrainedModel, tokenizer: Any, settings: DistillationSettin
 
     Raises:
         DistillationError: if the folder holds data of other settings or another target, another run is writing to it,
-            the target has no such feature layers, or no prompt can be used.
+            the target has no such feature layers or is of a family that has no such batches, or no prompt can be used.
     """
+    _check_family(target)
     last = int(target.config.get_text_config().num_hidden_layers)
     if wrong := [layer for layer in settings.feature_layers or [] if not 0 <= layer <= last]:
         raise DistillationError(
@@ -154,6 +157,23 @@ def distil(target: PreTrainedModel, tokenizer: Any, settings: DistillationSettin
         yield from _appended(target, tokenizer, settings, output)
     finally:
         lock.release()
+
+
+def _check_family(target: PreTrainedModel) -> None:
+    """See that rows of the target's batches can be replaced, which takes a cache whose slots are nothing but tokens.
+
+    Raises:
+        DistillationError: if they cannot.
+    """
+    support, name = family(target), type(target).__name__
+    if support is not None and not support.drafts:
+        raise DistillationError(f"Falcon cannot draft for {name}: {support.why}.")
+    if support is not None and support.drafts == "chain":
+        raise DistillationError(
+            f"{name} has ALiBi biases or convolutions, which go by a cache's slots, so rows of its batches cannot be "
+            "replaced: answer your prompts with generate(), and give falcon-hf train a .jsonl file whose lines are "
+            '{"p": ids of the prompt, "r": ids of the answer}.'
+        )
 
 
 def _appended(
@@ -237,12 +257,25 @@ def _turns(
         )
     else:
         source = read_turns(settings.prompts, settings.column, settings.split)
-    seen = {normalised(turn) for turn in earlier}
+    seen = {normalised(turn) for turn in (*earlier, *settings.asked)}
     with (output / TURNS).open("a", encoding="utf-8") as file:
         for number, turn in enumerate(distinct(source, seen, settings.excluded), start=len(earlier)):
             file.write(json.dumps({"turn": turn}, ensure_ascii=False) + "\n")
             file.flush()
             yield number, turn
+
+
+def asked_turns(folder: Path) -> list[str]:
+    """The user turns of a distillation's folder, which may be growing.
+
+    Raises:
+        DistillationError: if it has none.
+    """
+    try:
+        with (folder / TURNS).open(encoding="utf-8") as file:
+            return [str(json.loads(line)["turn"]) for line in file if line.endswith("\n")]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DistillationError(f"{folder} holds no {TURNS} of falcon-hf distill that can be read: {error}") from error
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -276,7 +309,8 @@ def _recipe(target: PreTrainedModel, settings: DistillationSettings) -> dict[str
         "target_dtype": str(target.dtype).removeprefix("torch."),
         DIGEST: held_digest(target),
         # A benchmark's questions are not for passing on: their hash says which they were.
-        "settings": asdict(settings) | {"excluded": _digest(settings.excluded)},
+        "settings": asdict(settings)
+        | {"excluded": _digest(settings.excluded), "asked": _digest(settings.asked) if settings.asked else None},
         "versions": {
             "falcon_hf": __version__,
             "torch": torch.__version__,
@@ -286,14 +320,16 @@ def _recipe(target: PreTrainedModel, settings: DistillationSettings) -> dict[str
 
 
 def _check_recipe(output: Path, recipe: dict[str, Any]) -> None:
-    """Write the recipe, or hold it against the one that is there; only the number of dialogues and rows may differ."""
-    path = output / RECIPE
+    """Write the recipe, or hold it against the one that is there; only the number of dialogues and rows may differ.
+
+    Until there is a dialogue, all may: what another recipe has begun makes room.
+    """
+    path, there = output / RECIPE, len(read_lines(output / DIALOGUES))
     if path.exists():
         try:
             held = json.loads(path.read_text(encoding="utf-8"))
             mine, theirs = _comparable(recipe), _comparable(held)
             # What is there stays, though fewer are asked for.
-            there = len(read_lines(output / DIALOGUES))
             most = max(recipe["settings"]["dialogues"], min(there, int(held["settings"]["dialogues"])))
             recipe_has, held_has = recipe.get(DIGEST), held.get(DIGEST)
         except (ValueError, KeyError, TypeError) as error:
@@ -301,13 +337,17 @@ def _check_recipe(output: Path, recipe: dict[str, Any]) -> None:
         different = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
         if recipe_has and held_has and recipe_has != held_has:
             different.append(DIGEST)
-        # Folders made before there was a digest stay without: nobody knows whose their first dialogues are.
-        recipe = {**recipe, DIGEST: held_has, "settings": {**recipe["settings"], "dialogues": most}}
-        if different:
+        if different and there:
             raise DistillationError(
                 f"{output} holds data made otherwise ({', '.join(different)} differ): choose another --output."
             )
-    elif (output / DIALOGUES).exists():
+        if different:
+            for name in (TURNS, FEATURES):
+                (output / name).unlink(missing_ok=True)
+        else:
+            # Folders made before there was a digest stay without: nobody knows whose their first dialogues are.
+            recipe = {**recipe, DIGEST: held_has, "settings": {**recipe["settings"], "dialogues": most}}
+    elif there:
         raise DistillationError(f"{output} holds dialogues without a {RECIPE}: choose another --output.")
     write_whole(path, json.dumps(recipe, indent=2, ensure_ascii=False) + "\n")
 

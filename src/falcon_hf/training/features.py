@@ -12,7 +12,7 @@ import inspect
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +67,22 @@ def free_bytes(folder: str | Path) -> int:
 def target_digest(target: PreTrainedModel) -> str:
     """Hash of every weight's shape, dtype and up to 256 of its values: changes with any fine-tune, merge or dtype."""
     digest = hashlib.sha256()
-    for name, weight in target.state_dict().items():
-        flat = weight.detach().flatten()
-        sample = flat[:: max(1, len(flat) // 256)][:256]
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        digest.update(sample.float().cpu().numpy().tobytes())
+    for whole_name, whole in target.state_dict().items():
+        for name, weight in _plain_tensors(whole_name, whole):
+            flat = weight.detach().flatten()
+            sample = flat[:: max(1, len(flat) // 256)][:256]
+            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+            digest.update(sample.float().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _plain_tensors(name: str, weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """A weight, or the tensors that a quantised one (torchao's) is made of: it takes no views and slices itself."""
+    if not hasattr(weight, "__tensor_flatten__"):
+        yield name, weight
+        return
+    for part in weight.__tensor_flatten__()[0]:
+        yield from _plain_tensors(f"{name}.{part}", getattr(weight, part))
 
 
 def held_digest(target: PreTrainedModel) -> str | None:

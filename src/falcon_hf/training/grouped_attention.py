@@ -35,14 +35,14 @@ def grouped_attention(
         module: the attention layer, for transformers' sdpa.
         query: ``[B, heads, S, d]``.
         key: ``[B, key heads, T, d]``; heads is a multiple of key heads.
-        value: as ``key``.
+        value: ``[B, key heads, T, v]``; v is d but in latent attention (deepseek_v3).
         attention_mask: bool, broadcastable to ``[B, 1, S, T]``; None: all visible.
         dropout: for transformers' sdpa.
         scaling: of the products; 1 / sqrt(d) by default.
         kwargs: for transformers' sdpa.
 
     Returns:
-        ``[B, S, heads, d]`` and None for the attention weights.
+        ``[B, S, heads, v]`` and None for the attention weights.
     """
     rows, heads, queries, width = query.shape
     if queries != 1:
@@ -54,7 +54,7 @@ def grouped_attention(
     if attention_mask is not None:
         products.masked_fill_(~attention_mask, torch.finfo(torch.float32).min)
     mixed = torch.matmul(products.softmax(-1).to(value.dtype), value)
-    return mixed.view(rows, 1, heads, width), None
+    return mixed.view(rows, 1, heads, value.shape[-1]), None
 
 
 @contextmanager

@@ -6,6 +6,8 @@ accuracy runs ahead by about 2 points at 50 steps, 1 at 175 (one run each).
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,6 +20,9 @@ from .errors import TrainingError
 
 _IDENTITY = 0.7
 _EMBEDDING_SHARE = 0.34  # of a feature's standard deviation, what the embedding half adds at the start
+_COMPARED_TOKENS = 8  # within the windows of layers that have one
+_COMPARED_SIZE = 0.02  # small beside what a layer adds to it, which is what is compared
+_COMPARED_ERROR = 0.1
 
 
 def typical_sizes(features: Iterable[torch.Tensor], embeddings: Iterable[torch.Tensor]) -> tuple[float, float]:
@@ -83,13 +88,14 @@ def start_from_target_layers(drafter: FalconDrafter, target: PreTrainedModel) ->
     100 steps, one run, without [`near_identity_start`]). To be called before that, which halves their outputs.
 
     Raises:
-        TrainingError: if the target's layers have other parts or shapes than the drafter's.
+        TrainingError: if the target's layers have other parts or shapes than the drafter's, or compute something else.
     """
     theirs: Any = getattr(target.base_model, "layers", None)
     ours: Any = drafter.layers
     if theirs is None or len(theirs) < len(ours):
         raise TrainingError(f"{type(target).__name__} has no layers to start the drafter's from; start them at random.")
-    for layer, source in zip(ours, list(theirs)[-len(ours) :], strict=True):
+    last = list(theirs)[-len(ours) :]
+    for layer, source in zip(ours, last, strict=True):
         modules, sources = dict(layer.named_modules()), dict(source.named_modules())
         for name, other in _TARGET_NAMES.items():
             mine: Any = getattr(modules.get(name), "weight", None)
@@ -119,6 +125,55 @@ def start_from_target_layers(drafter: FalconDrafter, target: PreTrainedModel) ->
                 f"{type(target).__name__}'s layers have {sorted(left)[0]}, which the drafter's have not: start them at "
                 "random."
             )
+    _check_outputs(drafter, target, last)
+
+
+def _check_outputs(drafter: FalconDrafter, target: PreTrainedModel, sources: list[Any]) -> None:
+    """See that the drafter's layers do what the target's do: the same weights serve other attention, scales or heads.
+
+    Raises:
+        TrainingError: if they do something else.
+    """
+    size, generator = drafter.config.hidden_size, torch.Generator().manual_seed(0)
+    hidden = _COMPARED_SIZE * torch.randn(1, _COMPARED_TOKENS, size, generator=generator)
+    outputs = _source_outputs(target, sources, hidden)
+    hidden = hidden.to(target.dtype)
+    rotary = copy.deepcopy(drafter.rotary).to("cpu")(hidden, torch.arange(_COMPARED_TOKENS)[None])
+    mask = torch.ones(1, 1, _COMPARED_TOKENS, _COMPARED_TOKENS, dtype=torch.bool).tril()
+    ours: Any = drafter.layers
+    for index, (layer, source, theirs) in enumerate(zip(ours, sources, outputs, strict=True)):
+        own = copy.deepcopy(layer).to("cpu", target.dtype)
+        if not drafter.config.input_norm:  # which it leaves out on purpose
+            own.input_norm = copy.deepcopy(source.input_layernorm).to("cpu")
+        mine = own(hidden, queries=_COMPARED_TOKENS, rotary=rotary, mask=mask, layer=index, cache=None)
+        mine, added = mine.float() - hidden.float(), theirs.float() - hidden.float()
+        if not float((mine - added).norm()) <= _COMPARED_ERROR * float(added.norm()):
+            raise TrainingError(
+                f"{type(target).__name__}'s layers compute something else than the drafter's with these weights (other "
+                "heads, positions or scales): keep the target's heads in the drafter's config, or start its layers at "
+                "random."
+            )
+
+
+def _source_outputs(target: PreTrainedModel, sources: list[Any], hidden: torch.Tensor) -> list[torch.Tensor]:
+    """What layers of the target make of ``[1, S, H]``, on the CPU: in a forward of its own, which knows their masks."""
+    found: list[torch.Tensor] = []
+
+    def give(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        before = args[0] if args else kwargs["hidden_states"]
+        given = hidden.to(before.device, before.dtype)
+        return ((given, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": given})
+
+    def keep(module: Any, args: Any, output: Any) -> None:
+        found.append((output if isinstance(output, torch.Tensor) else output[0]).cpu())
+
+    ids = torch.zeros(1, hidden.shape[1], dtype=torch.long, device=target.device)
+    with contextlib.ExitStack() as hooks:
+        for source in sources:
+            hooks.callback(source.register_forward_pre_hook(give, with_kwargs=True).remove)
+            hooks.callback(source.register_forward_hook(keep).remove)
+        target.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    return found
 
 
 def _check_norm(name: str, mine: Any, source: Any) -> None:

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, TrainerCallback
@@ -22,7 +23,7 @@ from ..whole_files import write_whole
 from .allocator import keep_freed_memory
 from .arguments import FalconTrainingArguments, check_rollout
 from .batches import DialogueDataset
-from .dataset import joined, load_training_data, split
+from .dataset import joined, load_training_data, rows_not_in, split
 from .errors import TrainingError
 from .feature_source import prepare_features
 from .features import Progress, held_digest, target_digest
@@ -84,6 +85,12 @@ def train_drafter(
     texts = [load_training_data(path, vocab_size, plan.max_length) for path in plan.data]
     data = joined(texts)
     train, held_out = split(data, plan.held_out)
+    rows = rows_not_in(train, held_out)  # caches are of all the data, and count as it does
+    if not len(rows):
+        raise TrainingError("Every dialogue to train on is among those held out: lower held_out, or add text.")
+    if len(rows) < len(train):
+        say(f"{len(train) - len(rows)} dialogues are among those held out, and not trained on")
+        train = train.subset(rows)
     say(
         f"{len(train)} dialogues of {len(train.tokens):,} tokens to train on ({int(train.loss_mask.sum()):,} to be "
         f"learned), {len(held_out)} held out"
@@ -116,8 +123,8 @@ def train_drafter(
         model,
         args,
         target,
-        DialogueDataset(train, cache, 0, laws),
-        DialogueDataset(held_out, cache, len(train)) if len(held_out) else None,
+        DialogueDataset(train, cache, rows, laws),
+        DialogueDataset(held_out, cache, np.arange(len(data))[-len(held_out) :]) if len(held_out) else None,
         callbacks=callbacks,
     )
     if callbacks:

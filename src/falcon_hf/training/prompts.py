@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 import re
@@ -170,12 +171,20 @@ def made_turns(
         for text in made:
             if text.tokens[-1] in ends:
                 ended += 1
-                yield (begun[text.number] + tokenizer.decode(text.tokens[:-1])).strip()
+                words = _added(tokenizer, prompts[text.number], text.tokens[:-1])
+                yield (begun[text.number] + words).strip()
         if not ended:
             raise DistillationError(
                 f"None of {chunk} user turns that the target began ended within {_LONGEST_TURN} tokens: it does not "
                 "write user turns. Give prompts with --prompts."
             )
+
+
+def _added(tokenizer: Any, before: list[int], tokens: list[int]) -> str:
+    """What ``tokens`` add to the text of ``before``: decoded alone they may lack the space that they begin with."""
+    known, text = tokenizer.decode(before), str(tokenizer.decode(before + tokens))
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(known, text, strict=False))
+    return text[sum(1 for _ in same) :]
 
 
 def distinct(turns: Iterable[str], seen: set[str], excluded: Iterable[str] = ()) -> Iterator[str]:

@@ -40,6 +40,10 @@ def deciding_arguments(args: FalconTrainingArguments) -> dict[str, Any]:
     return {name: getattr(args, name) for name in [*_DECIDING, *sorted(own)]} | {"batch_size": args.rows_a_step}
 
 
+class EndedError(Exception):
+    """A resumed training has no step left: ``Trainer`` would look for the end behind another one."""
+
+
 class AsIfWhole(TrainerCallback):
     """What ``Trainer`` does not take up again by itself after a resume.
 
@@ -58,7 +62,13 @@ class AsIfWhole(TrainerCallback):
             state.compute_steps(args, state.max_steps)
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
-        """Tell the order."""
+        """Tell the order.
+
+        Raises:
+            EndedError: if there is no step left, which is so at once or never.
+        """
+        if state.global_step >= state.max_steps:
+            raise EndedError
         if self.order is not None:
             self.order.set_epoch(int((state.epoch or 0) + 1e-6))
 

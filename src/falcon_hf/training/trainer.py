@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import TrainOutput
 
 from ..runtime.candidate_generator import config_tree
 from ..runtime.modeling_falcon_drafter import FalconDrafter
@@ -29,7 +30,7 @@ from .csgd import (
 from .evaluation import EvaluationPlan, Tally, evaluate_batch
 from .features import compute_features
 from .fewer_shapes import filled, makes_code_by_shape, widened
-from .resuming import AsIfWhole
+from .resuming import AsIfWhole, EndedError
 from .row_draws import RowDraws
 from .step_losses import StepLosses
 from .training_head import training_dtype, training_head
@@ -129,6 +130,15 @@ class FalconTrainer(Trainer):
         return (filled(wanted) if self._fewer_shapes else wanted).flatten().nonzero()[:, 0]
 
     # Training
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``Trainer.train``; a training that had ended is as its checkpoint, without another step."""
+        try:
+            return super().train(*args, **kwargs)
+        except EndedError:
+            self.is_in_train = False
+            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+            return TrainOutput(self.state.global_step, 0.0, {})
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -15,7 +15,14 @@ from ..runtime.target import family
 from ..runtime.tree_shape import chain
 from .calibration import Calibration, DrafterRecord
 from .choice import predict
-from .cost_measurement import DRAFT_WIDTHS, VERIFY_NODES, time_drafts, time_verification
+from .cost_measurement import (
+    DRAFT_WIDTHS,
+    VERIFY_NODES,
+    check_contexts,
+    check_draft_vocabulary,
+    time_drafts,
+    time_verification,
+)
 from .errors import TuningError
 from .lookup_measurement import count_lookups
 from .rank_measurement import feature_layers, greedy_text, measure_ranks
@@ -103,7 +110,8 @@ def calibrate(
         report: told what is being done.
 
     Raises:
-        TuningError: if there is no prompt or drafter, no prompt gets an answer, or a context does not fit the target.
+        TuningError: if there is no prompt or drafter, the target takes no trees, a context does not fit it, a draft
+            vocabulary is too small, or no prompt gets an answer. All but the last are told before anything is measured.
     """
     if not prompts or not drafters:
         raise TuningError("Calibration needs at least one prompt and one drafter.")
@@ -113,6 +121,9 @@ def calibrate(
             f"{type(target).__name__} verifies chains alone, so there is no tree to tune: set the config's tree to "
             "[[0], [0, 0], ...], as long as bench finds fastest."
         )
+    check_contexts(target, plan.contexts)
+    for named in drafters:
+        check_draft_vocabulary(named.drafter)
     layers = {layer for named in drafters for layer in feature_layers(named.drafter)}
     texts = []
     for number, prompt in enumerate(prompts, start=1):

@@ -59,6 +59,29 @@ def start_session(target: PreTrainedModel, ids: torch.Tensor, room: int) -> tupl
     return session, config
 
 
+def check_contexts(target: PreTrainedModel, contexts: Sequence[int]) -> None:
+    """See that verification can be timed behind so many tokens.
+
+    Raises:
+        TuningError: if a context does not fit the target.
+    """
+    room = getattr(target.config.get_text_config(), "max_position_embeddings", None)
+    if room is not None and max(contexts) + 2 > room:
+        raise TuningError(f"The target has {room} positions; ask for contexts up to {room - 2}.")
+
+
+def check_draft_vocabulary(drafter: FalconDrafter) -> int:
+    """The tokens that are drafted over.
+
+    Raises:
+        TuningError: if they are too few to time drafts.
+    """
+    most = drafter.config.draft_vocab_size or drafter.config.vocab_size
+    if most < _ROOT_CHILDREN:
+        raise TuningError(f"A draft vocabulary of {most} tokens is too small to tune for: {_ROOT_CHILDREN} at least.")
+    return most
+
+
 @torch.no_grad()
 def time_verification(
     target: PreTrainedModel, text: torch.Tensor, nodes: Sequence[int], contexts: Sequence[int], repeats: int
@@ -73,11 +96,9 @@ def time_verification(
         repeats: times each size is timed.
 
     Raises:
-        TuningError: if a context does not fit the target.
+        TuningError: as [`check_contexts`].
     """
-    room = getattr(target.config.get_text_config(), "max_position_embeddings", None)
-    if room is not None and max(contexts) + 2 > room:
-        raise TuningError(f"The target has {room} positions; ask for contexts up to {room - 2}.")
+    check_contexts(target, contexts)
     found = []
     for context in contexts:
         ids = text.to(target.device).repeat(1, -(-(context + max(nodes)) // text.shape[1]))
@@ -131,13 +152,10 @@ def time_drafts(
         The draft times, and the seconds of ``append``.
 
     Raises:
-        TuningError: if the draft vocabulary is too small.
+        TuningError: as [`check_draft_vocabulary`].
     """
-    k = drafter.config.block_size
-    most = drafter.config.draft_vocab_size or drafter.config.vocab_size
+    k, most = drafter.config.block_size, check_draft_vocabulary(drafter)
     sizes = [(1, 1)] + [(m, n) for m in range(2, passes + 1) for n in widths if max(n, _ROOT_CHILDREN) <= most]
-    if most < _ROOT_CHILDREN:
-        raise TuningError(f"A draft vocabulary of {most} tokens is too small to tune for.")
     length, features = text.ids.shape[1] - 1, text.features(drafter)
     calls: dict[Any, Callable[[], object]] = {}
     for m, n in sizes:
