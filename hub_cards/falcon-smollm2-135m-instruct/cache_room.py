@@ -43,17 +43,29 @@ class CacheRoom:
     def __enter__(self) -> None:
         if getattr(self._cache, "offloading", False):
             return
-        for number, layer in enumerate(self._cache.layers):
-            if type(layer) is DynamicLayer and "update" not in vars(layer):
-                room = self._rooms.setdefault(number, _Room(self._slots))
-                vars(layer)["update"] = functools.partial(room.append, layer)
-                self._lent.append(layer)
+        try:
+            for number, layer in enumerate(self._cache.layers):
+                if type(layer) is DynamicLayer and "update" not in vars(layer):
+                    room = self._rooms.setdefault(number, _Room(self._slots))
+                    self._lent.append(layer)
+                    vars(layer)["update"] = functools.partial(room.append, layer)
+        except BaseException:  # an interrupt: nobody calls __exit__ then
+            self._take_back()
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        try:
+            self._take_back()
+        except BaseException:  # an interrupt
+            self._take_back()
+            raise
+
+    def _take_back(self) -> None:
         while self._lent:
-            vars(self._lent.pop()).pop("update", None)
+            vars(self._lent[-1]).pop("update", None)
+            self._lent.pop()
 
 
 class _Room:

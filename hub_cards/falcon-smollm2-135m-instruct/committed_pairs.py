@@ -8,6 +8,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .candidate_generator import FalconCandidateGenerator
 from .emission import Emission
+from .host_values import on_device
 
 
 class CommittedPairs:
@@ -45,15 +46,16 @@ class CommittedPairs:
         if hold or any(self._held):
             for row, length in enumerate(lengths):
                 if length:
-                    self._held[row].append((features[row, paths[row][:length]], tokens[row][0]))
+                    nodes = on_device(paths[row][:length], features.device)
+                    self._held[row].append((features[row, nodes], tokens[row][0]))
             if not hold:
                 self._hand_over()
         elif len(self._rows) == 1:
-            self._generator.append(features[:, paths[0]], tokens[0])
+            self._generator.append(features[:, on_device(paths[0], features.device)], tokens[0])
         else:
             longest = max(lengths)
-            nodes = [path[:length] + [0] * (longest - length) for path, length in zip(paths, lengths, strict=True)]
-            index = torch.tensor(nodes, device=features.device)[:, :, None].expand(-1, -1, features.shape[-1])
+            visited = [path[:length] + [0] * (longest - length) for path, length in zip(paths, lengths, strict=True)]
+            index = on_device(visited, features.device)[:, :, None].expand(-1, -1, features.shape[-1])
             padded = [F.pad(each, (0, longest - length)) for each, length in zip(tokens, lengths, strict=True)]
             self._generator.append(features.gather(1, index), torch.cat(padded), lengths)
 

@@ -9,7 +9,8 @@ mask hides them, and no row ever sees another one's length.
 ``tests/runtime/test_batched_drafting.py`` holds a batch against its rows drafted one by one. One row takes the path
 without gathers and scatters.
 
-Device syncs: none. The lengths are the host's.
+Device syncs: none, but for one in taking in a batch with an LSTM fusion, where torch copies the order of the rows. The
+lengths are the host's.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch.nn import functional as F
 
 from .drafter_cache import DrafterCache
+from .host_values import on_device
 from .target import input_embeddings
 
 if TYPE_CHECKING:
@@ -79,7 +81,7 @@ class DrafterContext:
         if lengths is None:
             lengths = [added] * self.rows
         elif before is not None and self._state is not None and min(lengths) == 0:
-            moved = torch.tensor(lengths, device=self.device)[:, None] > 0
+            moved = on_device(lengths, self.device)[:, None] > 0
             (hidden, cell), (old_hidden, old_cell) = self._state, before
             self._state = torch.where(moved, hidden, old_hidden), torch.where(moved, cell, old_cell)
         self.columns = [columns + length for columns, length in zip(self.columns, lengths, strict=True)]
@@ -87,7 +89,7 @@ class DrafterContext:
         if self.rows == 1:
             self._recent = torch.cat((self._recent, fused), dim=1)[:, -wanted:]
             return
-        ends = self._recent.shape[1] + torch.tensor(lengths, device=self.device)
+        ends = self._recent.shape[1] + on_device(lengths, self.device)
         index = ends[:, None] - wanted + torch.arange(wanted, device=self.device)
         joined = torch.cat((self._recent, fused), dim=1)
         self._recent = joined.gather(1, index.clamp_min(0)[:, :, None].expand(-1, -1, joined.shape[2]))
@@ -126,8 +128,8 @@ class DrafterContext:
         """Positions ``[B, R]`` and mask ``[B, R, longest C]`` of a first pass; says which slots it writes to."""
         k, end = self.drafter.config.block_size, max(self.columns)
         width = self._recent.shape[1]
-        columns = torch.tensor(self.columns, device=self.device)[:, None]
-        garbage = width - torch.tensor(self._due(), device=self.device)[:, None]
+        columns = on_device(self.columns, self.device)[:, None]
+        garbage = width - on_device(self._due(), self.device)[:, None]
         offsets = torch.arange(width, device=self.device)
         positions = columns - width + offsets
         # Columns in front of those that a row is due: they are there only because other rows have more. They go where
@@ -169,7 +171,7 @@ class DrafterContext:
             places = (committed + positions)[None]
             mask = F.pad(visible.view(1, size, -1), (committed, 0), value=True)
         else:
-            columns = torch.tensor(self.columns, device=self.device)[:, None]
+            columns = on_device(self.columns, self.device)[:, None]
             places = columns + positions
             own = torch.arange(committed, device=self.device) < columns
             mask = torch.cat(

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .fused_norms import fused_norm
+from .fused_norms import NativeNorm, fused_norm, plain_norm
 from .half_precision import multiplies_fast
 from .native_kernel import DTYPES, compiled_kernel
 from .native_linear import NativeLinear
@@ -60,12 +60,23 @@ class FewRowProducts:
             ]
 
     def __enter__(self) -> None:
-        for module, forward in self._forwards:
-            vars(module)["forward"] = forward  # not by setattr, which looks for parameters first
+        try:
+            for module, forward in self._forwards:
+                vars(module)["forward"] = forward  # not by setattr, which looks for parameters first
+        except BaseException:  # an interrupt: nobody calls __exit__ then
+            self._take_back()
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        try:
+            self._take_back()
+        except BaseException:  # an interrupt
+            self._take_back()
+            raise
+
+    def _take_back(self) -> None:
         for module, _ in self._forwards:
             vars(module).pop("forward", None)  # another thread's call may have been here first
 
@@ -88,14 +99,23 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def has_other_forward(module: nn.Module) -> bool:
-    """Whether the module's forward is not its class's: hooked, compiled, or replaced."""
-    return "forward" in vars(module) or getattr(module, "_compiled_call_impl", None) is not None
+    """Whether the module's forward is not its class's: hooked, compiled, or replaced.
+
+    One of ours is none: another thread's call, which will take it back, has this model too.
+    """
+    forward = vars(module).get("forward")
+    ours = isinstance(forward, (NativeLinear, NativeNorm)) or getattr(forward, "func", None) in (_forward, plain_norm)
+    replaced = forward is not None and not ours
+    return replaced or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether the model, or a module in it, is compiled or has been given another forward as a whole."""
+    """Whether the model, or a module in it, is compiled or has been given another forward as a whole.
+
+    Accelerate's, which moves what goes into a model on several devices, is none.
+    """
     compiled = any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules())
-    return compiled or has_other_forward(model)
+    return compiled or (has_other_forward(model) and not hasattr(model, "_hf_hook"))
 
 
 def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:

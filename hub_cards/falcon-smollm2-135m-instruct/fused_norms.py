@@ -41,14 +41,15 @@ def fused_norm(module: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
         return None
     if type(weight) is not nn.Parameter or weight.dim() != 1 or weight.device.type != "cpu":
         return None
-    own = {name for name in vars(module) if not name.startswith("_")} - {"training", "variance_epsilon"}
+    # A forward may be another call's of ours; whether it is has been looked at.
+    own = {name for name in vars(module) if not name.startswith("_")} - {"training", "variance_epsilon", "forward"}
     if own or len(module._parameters) > 1 or module._modules or module._buffers:
         return None  # it may read more than these two
     kind: Any = type(module)
     kernel = compiled_kernel() if weight.dtype in DTYPES and weight.shape[0] % MULTIPLE == 0 else None
     if kernel is None:
         is_norm = weight.dtype == torch.float32 and _is_the_norm(kind, kind.forward, torch.float32, None)
-        return functools.partial(_forward, module) if is_norm else None
+        return functools.partial(plain_norm, module) if is_norm else None
     return NativeNorm(module, kernel) if _is_the_norm(kind, kind.forward, weight.dtype, kernel) else None
 
 
@@ -69,7 +70,7 @@ def _is_the_norm(
         weight = torch.linspace(0.5, 2, _TRIED, dtype=torch.float32)
         module.weight, module.variance_epsilon = nn.Parameter(weight.to(dtype)), 0.1
         tried = torch.linspace(-3, 5, 4 * _TRIED, dtype=torch.float32).view(4, _TRIED).to(dtype)
-        own = functools.partial(_forward, module) if kernel is None else NativeNorm(module, kernel)
+        own = functools.partial(plain_norm, module) if kernel is None else NativeNorm(module, kernel)
         try:
             theirs, ours = forward(module, tried), own(tried)
         except (AttributeError, RuntimeError, TypeError, ValueError):  # it needs more than it is given here
@@ -104,7 +105,7 @@ class NativeNorm:
             or weight.dtype is not self._dtype
             or not is_readable(hidden_states, weight)
         ):
-            return _forward(self._module, hidden_states)
+            return plain_norm(self._module, hidden_states)
         y = torch.empty_like(hidden_states)
         self._normalise(
             hidden_states.data_ptr(), weight.data_ptr(), y.data_ptr(), self._size, numbers // self._size,
@@ -113,7 +114,8 @@ class NativeNorm:
         return y
 
 
-def _forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+def plain_norm(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    """The norm's own forward, or in float32 torch's, ``[..., I]`` to ``[..., I]``."""
     if not hidden_states.dtype == module.weight.dtype == torch.float32:
         output: torch.Tensor = type(module).forward(module, hidden_states)
         return output

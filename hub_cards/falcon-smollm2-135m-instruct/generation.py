@@ -5,8 +5,8 @@ so every option keeps its meaning. ``tests/runtime/test_generation.py`` and ``te
 plain ``generate()``.
 
 Device syncs per round: greedy without processors or recorded outputs, one for the walk and one an emitted token for
-the stopping criteria; otherwise one an emitted token. Plain ``generate()`` has one an emitted token. Drafting has none
-(but see ``candidate_generator.py``).
+the stopping criteria; otherwise one an emitted token. Plain ``generate()`` has one an emitted token. Drafting,
+verifying and keeping have none (but see ``candidate_generator.py``): ``tests/runtime/test_drafting_syncs.py``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import time
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -109,8 +110,7 @@ def decode(
         with statistics.timed("draft"):
             pairs.add_prompt(session.prompt_features)
             session.prompt_features = []
-        switch.start()
-        drafts = switch.drafts  # read once a round: another thread's call may use the same switch
+        drafts, began = switch.drafts, time.perf_counter()
         prompt_states = outputs.hidden_states if generation_config.output_hidden_states else None
         while target._has_unfinished_sequences(all(row.ended for row in rows), synced_gpus, device=input_ids.device):
             if all(row.ended for row in rows):
@@ -118,18 +118,19 @@ def decode(
                 continue
             with statistics.timed("draft"):
                 tree = _draft(rows, generator, drafts)
-            with statistics.timed("verify"), session.whole_on_error():
-                outputs = session.verify(tree, [row.budget for row in rows], generation_config)
-            with statistics.timed("walk"), session.undone_on_error(tree.size):
-                paths = _walk(tree, outputs, rows, session, siblings)
-                stream.flush()
+            with session.committed.whole_on_error():
+                with statistics.timed("verify"):
+                    outputs = session.verify(tree, [row.budget for row in rows], generation_config)
+                with statistics.timed("walk"):
+                    paths = _walk(tree, outputs, rows, session, siblings)
+                    stream.flush()
+                with statistics.timed("cache"):
+                    session.committed.keep(paths, tree.size)
             draws.forget_before(min((row.new_tokens for row in rows if not row.ended), default=0))
             statistics.count(paths, tree.size, drafted=drafts)
             walked = [len(path) for path in paths if path]
-            switch.record(sum(walked) / len(walked))
-            drafts = switch.drafts
-            with statistics.timed("cache"):
-                session.keep(paths, tree.size)
+            now = time.perf_counter()
+            drafts, began = switch.record(sum(walked) / len(walked), now - began, drafts), now
             with statistics.timed("draft"):
                 pairs.add_round(session.features(outputs), paths, hold=not drafts)
             if drafter.on_round is not None:
@@ -138,7 +139,7 @@ def decode(
         drafter.last_generation = statistics  # before a streamer's reader learns that the text has ended
         stream.end()
         if len(rows) > 1:
-            session.compact()
+            session.committed.compact()
     logger.debug("%s", statistics)
     return gather_output(rows, generation_config, prompt_states, session.prompt_attentions, session.cache)
 
@@ -165,13 +166,14 @@ def _switch(drafter: FalconDrafter, target: PreTrainedModel, rows: int) -> Specu
     if not drafter.config.auto_off:
         return SpeculationSwitch(False)
     kind = f"{drafter.config.tree} {drafter.config.lookup} {target.device} {target.dtype}"
-    if all(own != id(target) for own, *_ in drafter.switches):  # an id goes to another target when this one is gone
+    # An id goes to another target when this one is gone. A list, because other threads' calls add to the switches.
+    if all(own != id(target) for own, *_ in list(drafter.switches)):
         weakref.finalize(target, _forget, drafter.switches, id(target)).atexit = False
     return drafter.switches.setdefault((id(target), rows, kind), SpeculationSwitch(True))
 
 
 def _forget(switches: dict[tuple[int, int, str], SpeculationSwitch], gone: int) -> None:
-    for key in [key for key in switches if key[0] == gone]:
+    for key in [key for key in list(switches) if key[0] == gone]:
         del switches[key]
 
 

@@ -197,13 +197,16 @@ def _made(compiler: list[str], kept: Path) -> Kernel:
     Raises:
         OSError, subprocess.SubprocessError: if the compiler fails, or what it made does.
     """
-    parent: Path | None = kept.parent
     try:
         kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(dir=parent)
-    except OSError:
-        parent, scratch = None, tempfile.TemporaryDirectory()
-    with scratch as folder:  # what is loaded stays, though its file goes
+        return _made_in(kept.parent, compiler, kept)
+    except OSError:  # it cannot be written to, or nothing in it may be run
+        return _made_in(None, compiler, None)
+
+
+def _made_in(parent: Path | None, compiler: list[str], kept: Path | None) -> Kernel:
+    """Compile the library below ``parent`` (None: where the system has temporary files), and move it to ``kept``."""
+    with tempfile.TemporaryDirectory(dir=parent) as folder:  # what is loaded stays, though its file goes
         source, library = Path(folder, "few_rows.cpp"), Path(folder, "few_rows.so")
         source.write_text(SOURCE, encoding="utf-8")
         command = [*compiler, *_FLAGS, str(source), "-o", str(library)]
@@ -214,7 +217,7 @@ def _made(compiler: list[str], kept: Path) -> Kernel:
             raise subprocess.SubprocessError(f"{compiler[0]} ended with {done.returncode}: {done.stderr[:500]}")
         library.chmod(0o700)
         kernel = _loaded(library)
-        if parent is not None:
+        if kept is not None:
             with contextlib.suppress(OSError):
                 library.replace(kept)
     return kernel

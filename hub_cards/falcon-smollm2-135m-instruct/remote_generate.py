@@ -19,8 +19,9 @@ from transformers import AutoModel, GenerationMixin
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
-# One drafter for each (repo, revision or file times, dtype, device): the next call of generate() finds it loaded.
-_drafters: dict[tuple[Any, ...], Any] = {}
+# One drafter for each (repo, revision, dtype, device), with a folder's file times: the next call of generate() finds it
+# loaded, and a folder that was written anew replaces what it held before.
+_drafters: dict[tuple[Any, ...], tuple[Any, Any]] = {}
 
 
 def generate(model: Any, assistant_model: Any = None, **kwargs: Any) -> Any:
@@ -59,13 +60,15 @@ def _load_drafter(model: Any, hub: dict[str, Any]) -> Any:
     times = (
         tuple(sorted((path.name, path.stat().st_mtime_ns) for path in folder.glob("*.*"))) if folder.is_dir() else ()
     )
-    key = (repo, hub.get("revision"), times, model.dtype, model.device)
-    if key not in _drafters:
+    key = (repo, hub.get("revision"), model.dtype, model.device)
+    known_times, known = _drafters.get(key, (None, None))
+    if known is None or known_times != times:
         drafter = AutoModel.from_pretrained(repo, trust_remote_code=True, dtype=model.dtype, **hub)
         if not hasattr(drafter, "_falcon_decode"):
             raise ValueError(f"{repo!r} holds a {type(drafter).__name__}, not a Falcon drafter.")
-        _drafters[key] = drafter.to(model.device).eval()
-    return _drafters[key]
+        known = drafter.to(model.device).eval()
+        _drafters[key] = times, known
+    return known
 
 
 def _find_repo() -> tuple[str, str | None]:

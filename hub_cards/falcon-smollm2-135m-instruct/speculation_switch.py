@@ -22,9 +22,8 @@ a tie of rounding size may fall otherwise in another tree, so where the times de
 from __future__ import annotations
 
 import statistics
-import time
+import threading
 from collections import deque
-from collections.abc import Callable
 
 _SHARE = 0.015
 # In plain rounds: what may be lost before anything was earned, what a new trial must have room for, and the most that
@@ -40,20 +39,19 @@ _PROBE_EVERY = 40
 
 
 class SpeculationSwitch:
-    """Says before each round whether to draft.
+    """Says before each round whether to draft; calls in several threads may share one.
 
     Args:
         enabled: if not, always yes, at no cost.
-        clock: seconds.
 
     Attributes:
-        drafts: whether the next round is to draft.
+        drafts: whether a call's first round is to draft.
     """
 
-    def __init__(self, enabled: bool, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, enabled: bool) -> None:
         self.drafts = True
         self._enabled = enabled
-        self._clock = clock
+        self._lock = threading.Lock()
         self._resting = False
         self._plain: deque[float] = deque(maxlen=5)
         self._drafted: deque[float] = deque(maxlen=9)
@@ -62,33 +60,36 @@ class SpeculationSwitch:
         self._spent = 0.0
         self._rounds = 0
         self._next_probe = _FIRST_PROBES[0]
-        self._last = clock() if enabled else 0.0
 
-    def start(self) -> None:
-        """A call's first round begins now."""
-        if self._enabled:
-            self._last = self._clock()
+    def record(self, tokens: float, seconds: float, drafted: bool) -> bool:
+        """Book a round; says whether the next is to draft.
 
-    def record(self, tokens: float) -> None:
-        """A round has ended and emitted ``tokens`` a row that had not ended; sets [`drafts`] for the next."""
+        Args:
+            tokens: emitted a row that had not ended.
+            seconds: from the end of the call's round before, or its prefill's.
+            drafted: whether the round did.
+        """
         if not self._enabled:
-            return
-        now = self._clock()
-        seconds, self._last = now - self._last, now
+            return True
+        with self._lock:
+            self._book(tokens, seconds, drafted)
+            self.drafts = self._decide()
+            return self.drafts
+
+    def _book(self, tokens: float, seconds: float, drafted: bool) -> None:
         self._rounds += 1
         if self._rounds > 1:
-            kind = self._drafted if self.drafts else self._plain
+            kind = self._drafted if drafted else self._plain
             kind.append(seconds)
             seconds = min(seconds, _HELD_UP * statistics.median(kind))
             self._spent += seconds
-            if self.drafts:
+            if drafted:
                 self._unrated.append((seconds, tokens))
         if self._plain:
             plain = statistics.median(self._plain)
             for taken, emitted in self._unrated:
                 self._lost = max(self._lost + taken - emitted * plain, -_SAVED * plain)
             self._unrated = []
-        self.drafts = self._decide()
 
     def _decide(self) -> bool:
         if self._plain:

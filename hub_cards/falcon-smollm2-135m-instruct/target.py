@@ -80,6 +80,9 @@ FAMILIES: dict[str, Support] = {
     "stablelm": _TREE,
     "starcoder2": _TREE,
 }
+# Models with an image encoder around a text model of these families that hand masks and positions on to it as they are,
+# by tests/runtime/test_composite_targets.py. Others may count positions from elsewhere, or make masks of their own.
+COMPOSITES = frozenset({"gemma3"})
 TREE_FAMILIES = frozenset(name for name, support in FAMILIES.items() if support.drafts == "tree")
 TREE_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
@@ -125,8 +128,8 @@ def check_target(target: PreTrainedModel, config: FalconDrafterConfig) -> None:
     """Refuse, with the remedy, a target that this drafter or tree verification cannot serve. Generates nothing.
 
     Raises:
-        ValueError: encoder-decoder or stateful target, unknown family, other vocabulary or hidden size, attention
-            implementation without 4D masks, prompt-learning adapter, weights in pieces.
+        ValueError: encoder-decoder or stateful target, unknown family or composite, other vocabulary or hidden size,
+            attention implementation without 4D masks, prompt-learning adapter, weights in pieces.
 
     Warns:
         TargetMismatchWarning: if the fingerprint says that the drafter was trained for another model.
@@ -141,6 +144,11 @@ def check_target(target: PreTrainedModel, config: FalconDrafterConfig) -> None:
         raise ValueError(
             f"Falcon has not been verified on the family {text.model_type!r}, so it will not draft for it; generate "
             f"without assistant_model. Verified: {known}."
+        )
+    if text is not target.config and target.config.model_type not in COMPOSITES:
+        raise ValueError(
+            f"{name} holds its text model in another one, {target.config.model_type!r}, on which Falcon has not been "
+            "verified; generate without assistant_model, or load the text model alone."
         )
     if not support.drafts or getattr(target, "_is_stateful", False):
         why = support.why or "it keeps a recurrent state that cannot be rolled back"

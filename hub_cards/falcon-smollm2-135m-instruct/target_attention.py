@@ -30,13 +30,18 @@ _LOCK = threading.Lock()
 _SWITCHED: dict[int, tuple[int, list[tuple[Any, str]]]] = {}
 
 
+def attention_of(target: PreTrainedModel) -> str:
+    """The implementation of the target's decoder layers: of a model with an image encoder, its text model's."""
+    return target.config.get_text_config()._attn_implementation
+
+
 def check_attention(target: PreTrainedModel) -> None:
     """Refuse an attention implementation that neither takes a tree's mask nor can be switched.
 
     Raises:
         ValueError: with the remedy.
     """
-    attention = target.config._attn_implementation
+    attention = attention_of(target)
     if attention in TREE_ATTENTIONS:
         return
     if "flash" not in attention:
@@ -61,12 +66,12 @@ def tree_attention(target: PreTrainedModel) -> Iterator[None]:
     key = id(target.config)
     with _LOCK:
         calls, restore = _SWITCHED.get(key, (0, []))
-        if calls == 0 and target.config._attn_implementation in TREE_ATTENTIONS:
+        if calls == 0 and attention_of(target) in TREE_ATTENTIONS:
             key = -1
         else:
             if calls == 0:
                 restore = _implementations(target)
-                _log_once(type(target).__name__, target.config._attn_implementation, _substitute(target))
+                _log_once(type(target).__name__, attention_of(target), _substitute(target))
                 target.set_attn_implementation(_substitute(target))
             _SWITCHED[key] = calls + 1, restore
     try:
@@ -125,7 +130,7 @@ def mask_for(target: PreTrainedModel, visible: torch.Tensor) -> Any:
         ``visible`` itself for sdpa, a ``BlockMask`` for flex attention; for eager attention, which adds it,
         ``[B, 1, N, width]`` in the target's dtype.
     """
-    implementation = target.config._attn_implementation
+    implementation = attention_of(target)
     if implementation == "eager":
         blocked = torch.zeros(visible.shape, dtype=target.dtype, device=visible.device)
         return blocked.masked_fill(~visible, torch.finfo(target.dtype).min)

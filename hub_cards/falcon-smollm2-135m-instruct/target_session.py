@@ -1,31 +1,30 @@
-"""One generation's hold on its target: prefill, verification of a tree in one forward, and the cache.
+"""One generation's hold on its target: the prefill, and verification of a tree in one forward.
 
-Invariant, held by ``tests/runtime/test_final_cache.py``: after [`TargetSession.keep`] the cache holds, for each row,
-the committed tokens but the last, each with the keys and values that decoding one token at a time would have left.
-
-Masks go by the validity and the places of slots (see ``target_slots.py``), so holes cost room and nothing else;
-[`TargetSession.compact`] closes them when they are many, and at the end.
+What stays of it in the cache is in ``committed_cache.py``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, StaticLayer
+from transformers.cache_utils import StaticLayer
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .cache_room import CacheRoom
+from .committed_cache import HOLES, CommittedCache
 from .few_rows import FewRowProducts, is_compiled
+from .host_values import on_device
 from .native_products import has_native_products
 from .returned_attentions import PlainRows
 from .shared_heads import SharedHeads
 from .target import family
+from .target_attention import attention_of
 from .target_cache import fitting_cache
 from .target_slots import CachedSlots
 from .tree import DraftTree
@@ -38,11 +37,6 @@ _OWN_KWARGS = frozenset(
     | {"output_hidden_states", "output_attentions", "inputs_embeds", "return_dict"}
 )
 
-# Holes beyond this share of a batch's slots are closed; closing costs a copy of the generated part of the cache.
-_WASTE_SHARE = 0.25
-# So the slots of a batch are at most this many times its longest row's.
-_HOLES = 2
-
 
 def cache_key(target: PreTrainedModel) -> str:
     """The keyword of the cache: ``cache``, or ``past_key_values`` in older transformers (5.17)."""
@@ -54,11 +48,20 @@ def _returns_attentions(generation_config: Any) -> bool:
     return bool(generation_config.return_dict_in_generate and generation_config.output_attentions)
 
 
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_holds_tensors, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_tensors, value))
+    return isinstance(value, torch.Tensor)
+
+
 class TargetSession:
     """The target during one call of ``generate()``.
 
     Attributes:
         cache: the target's key-value cache, as ``generate()`` prepared it.
+        committed: what it holds of the text, set by [`prefill`].
         prompt_features: one ``[1, F, W]`` a row, [`features`] of its last F prompt tokens, set by [`prefill`];
             fewer than the prompt has where it was prefilled in chunks or partly cached before.
         prompt_attentions: the prefill's attentions as plain decoding returns them, or None where not asked for.
@@ -84,8 +87,9 @@ class TargetSession:
             feature_layers: hidden states that make a feature, side by side; the last alone by default.
 
         Raises:
-            ValueError: if there is no cache or none that fits, a tensor among the keywords that verification could not
-                honour, or more rows than the family can have.
+            ValueError: if there is no cache, none that fits, or one that cannot give up rejected drafts; for a tensor
+                among the keywords that verification could not honour (an image's features), or more rows than the
+                family can have.
         """
         self.target = target
         self.rows = rows
@@ -98,11 +102,13 @@ class TargetSession:
             )
         self._plain_rows = PlainRows(self.cache, self.config.num_hidden_layers)
         self.cache = fitting_cache(self.cache, rows, slots)
+        # Convolutions can say after the prefill only; all others before it fills the user's cache.
+        self._check_croppable([layer for layer in self.cache.layers if not hasattr(layer, "conv_states")])
         self._static = any(isinstance(layer, StaticLayer) for layer in self.cache.layers)
         self._room = room
         self._is_compiled = is_compiled(target)
         # Rows of a batch leave holes. What is compiled would trace the appending, and be made anew for it.
-        most = slots if rows == 1 else _HOLES * slots
+        most = slots if rows == 1 else HOLES * slots
         self._cache_room: Any = contextlib.nullcontext() if self._is_compiled else CacheRoom(self.cache, most)
         self._forward: Any = target
         self._few_rows: Any = FewRowProducts(target)
@@ -110,7 +116,7 @@ class TargetSession:
         self.model_kwargs = {**model_kwargs, self._cache_key: self.cache}
         self._extra = {name: value for name, value in model_kwargs.items() if name not in _OWN_KWARGS}
         for name, value in self._extra.items():
-            if isinstance(value, torch.Tensor):
+            if _holds_tensors(value):
                 raise ValueError(
                     f"Falcon cannot carry the model input {name!r} through a tree; drop it or assistant_model."
                 )
@@ -139,13 +145,9 @@ class TargetSession:
         outputs = self.target._prefill(input_ids, generation_config, kwargs)
         # Not before: a prefill is never rolled back, and in chunks it would keep the whole prompt in sliding layers.
         self.cache.activate_past_recording()
-        if not self.cache.is_croppable:
-            raise ValueError(
-                f"{type(self.cache).__name__} cannot give up rejected drafts; drop cache_implementation, or pass "
-                "transformers.DynamicCache(), or generate without assistant_model."
-            )
+        self._check_croppable(self.cache.layers)
         wanted = _returns_attentions(generation_config)
-        if wanted and outputs.attentions and self.target.config._attn_implementation != "eager":
+        if wanted and outputs.attentions and attention_of(self.target) != "eager":
             raise ValueError(
                 f"{type(self.target).__name__} computes the attentions it returns with a mask made for another "
                 "implementation: call model.set_attn_implementation('eager') first, or drop output_attentions."
@@ -154,10 +156,18 @@ class TargetSession:
         features = self.features(outputs)
         mask, positions = (self.model_kwargs.get(name) for name in ("attention_mask", "position_ids"))
         length = int(self.cache.get_seq_length())
-        self.slots = CachedSlots.of_prompt(self.rows, length, mask, positions, features.device)
+        slots = CachedSlots.of_prompt(self.rows, length, mask, positions, features.device)
+        self.committed = CommittedCache(self.cache, slots)
         # Padding has no features worth drafting from.
-        self.prompt_features = [features[row : row + 1, -real:] for row, real in enumerate(self.slots.filled)]
+        self.prompt_features = [features[row : row + 1, -real:] for row, real in enumerate(slots.filled)]
         return outputs
+
+    def _check_croppable(self, layers: list[Any]) -> None:
+        if not all(layer.is_croppable for layer in layers):
+            raise ValueError(
+                f"{type(self.cache).__name__} cannot give up rejected drafts; drop cache_implementation, or pass "
+                "transformers.DynamicCache(), or generate without assistant_model."
+            )
 
     def _compile(self, generation_config: Any) -> None:
         """Verify by a compiled forward where plain decoding would compile: static caches, on a GPU or when asked to."""
@@ -203,10 +213,11 @@ class TargetSession:
             The target's outputs: logits ``[B, N, V]``, ``hidden_states[-1]`` ``[B, N, H]``.
         """
         nodes, tree = tree.size, self._fixed_size(tree)
-        device = self.slots.valid.device
-        self._make_room(tree.size)
-        deepest = torch.tensor(budgets, device=device)[:, None] - 1
-        positions = self.slots.next_position + tree.depths.to(device).minimum(deepest.clamp_min(0))
+        self.committed.make_room(tree.size)
+        slots = self.committed.slots
+        device = slots.valid.device
+        deepest = on_device(budgets, device)[:, None] - 1
+        positions = slots.next_position + tree.depths.to(device).minimum(deepest.clamp_min(0))
         plain = self._is_plain(tree)
         with contextlib.ExitStack() as helped:
             for help_with_trees in self._helps(plain):
@@ -255,7 +266,7 @@ class TargetSession:
         Of SmolLM2-135M-Instruct in float32 on 2 threads of an AVX2 CPU it takes 66 ms so, and 72 as a tree.
         """
         one = tree.tokens.numel() == 1 and not self._static
-        return one and self.target.config._attn_implementation in ("eager", "sdpa")
+        return one and attention_of(self.target) in ("eager", "sdpa")
 
     def _places(self, ancestors: torch.Tensor, positions: torch.Tensor, causal: bool) -> dict[str, Any]:
         """What tells the target where the nodes are: masks and positions, as for a tree in [`TreeMasks`].
@@ -264,11 +275,12 @@ class TargetSession:
         the target takes any. So does one plain token, or no mask where no slot is empty: transformers would look at it,
         at a device sync.
         """
+        slots = self.committed.slots
         if not causal:
-            return {"position_ids": positions, "attention_mask": self._masks.of(self.slots, ancestors, positions)}
-        if not self._causal and self.slots.filled == [self.slots.length]:
+            return {"position_ids": positions, "attention_mask": self._masks.of(slots, ancestors, positions)}
+        if not self._causal and slots.filled == [slots.length]:
             return {"position_ids": positions, "attention_mask": None}
-        mask = torch.cat((self.slots.valid, torch.ones_like(positions, dtype=torch.bool)), dim=1).long()
+        mask = torch.cat((slots.valid, torch.ones_like(positions, dtype=torch.bool)), dim=1).long()
         if self._static:  # some build their biases from the mask, for all slots
             mask = F.pad(mask, (0, int(self.cache.get_max_length()) - mask.shape[1]))
         takes_positions = "position_ids" in inspect.signature(self.target.forward).parameters
@@ -277,52 +289,18 @@ class TargetSession:
     def attentions(self, tree: DraftTree, outputs: Any, row: int, node: int) -> tuple[torch.Tensor, ...]:
         """What the token chosen at ``node`` of ``row`` attended to, as plain decoding returns it: one tensor a layer.
 
-        To be asked before [`keep`]. One device sync.
+        To be asked before [`CommittedCache.keep`]. One device sync, and one more where layers hold the last slots only.
         """
-        text = self.slots.valid[row].clone()
-        text[: self.slots.prompt] = True  # padding before the prompt has columns too, of zeros
+        slots = self.committed.slots
+        text = slots.valid[row].clone()
+        text[: slots.prompt] = True  # padding before the prompt has columns too, of zeros
         path = tree.ancestors[row, node].to(text.device)
         columns = torch.cat((text, path)).nonzero()[:, 0]
         # Sliding layers hold the last slots only.
-        offsets = [self.slots.length + tree.size - layer.shape[-1] for layer in outputs.attentions]
+        offsets = [slots.length + tree.size - layer.shape[-1] for layer in outputs.attentions]
         offsets = [0 if self._static else offset for offset in offsets]
-        return self._plain_rows.token(
-            outputs.attentions, row, node, [columns[columns >= offset] - offset for offset in offsets]
-        )
-
-    def keep(self, paths: list[list[int]], nodes: int) -> None:
-        """Keep the verified nodes of each row (ascending, from the root on) of a tree of ``nodes``, drop the others.
-
-        A finished row has an empty path: it adds nothing valid, and its position stays.
-        """
-        lengths = [len(path) for path in paths]
-        kept = max(lengths)
-        if any(path != list(range(len(path))) for path in paths):  # else they lie where they belong
-            padded = [path + [0] * (kept - len(path)) for path in paths]
-            self._gather(self.slots.length + nodes, nodes, torch.tensor(padded, device=self.slots.valid.device))
-        self.cache.crop(kept - nodes)
-        self.slots.add(lengths)
-
-    @contextlib.contextmanager
-    def whole_on_error(self) -> Iterator[None]:
-        """Around [`verify`]: an error within the forward leaves all layers as long as they were, not only the later."""
-        try:
-            yield
-        except BaseException:
-            for layer in self.cache.layers:
-                ahead = int(layer.get_seq_length()) - self.slots.length if isinstance(layer, CacheLayerMixin) else 0
-                if ahead > 0:
-                    layer.crop(-ahead)
-            raise
-
-    @contextlib.contextmanager
-    def undone_on_error(self, nodes: int) -> Iterator[None]:
-        """Between [`verify`] and [`keep`]: an error leaves the cache without the ``nodes``, as before the round."""
-        try:
-            yield
-        except BaseException:
-            self.cache.crop(-nodes)
-            raise
+        held = {offset: columns if offset == 0 else columns[columns >= offset] - offset for offset in set(offsets)}
+        return self._plain_rows.token(outputs.attentions, row, node, [held[offset] for offset in offsets])
 
     def close(self) -> None:
         """Let sliding layers drop again what is behind their window, as in the cache that plain decoding returns."""
@@ -335,39 +313,3 @@ class TargetSession:
         root = DraftTree.root_only(token.expand(self.rows, 1))
         self.verify(root, [1] * self.rows, generation_config)
         self.cache.crop(-1)
-
-    def compact(self) -> None:
-        """Close the holes behind the prompt: each row's tokens one behind the other, as plain decoding lays them."""
-        order = self.slots.without_holes()
-        if order is None:
-            return
-        region = self.slots.length - self.slots.prompt
-        self._gather(self.slots.length, region, order)
-        self.cache.crop(order.shape[1] - region)
-        self.slots.close_holes(order)
-
-    def _make_room(self, nodes: int) -> None:
-        """Compact a batch whose holes waste a quarter of its slots, or a static cache that a tree would overflow."""
-        if self.rows == 1:
-            return  # no holes
-        static = [layer.max_cache_len for layer in self.cache.layers if isinstance(layer, StaticLayer)]
-        tight = any(room < self.slots.length + nodes for room in static)
-        if tight or self.slots.wasted > self.slots.length * _WASTE_SHARE:
-            self.compact()
-
-    def _gather(self, slots: int, region: int, index: torch.Tensor) -> None:
-        """In the last ``region`` of the cache's ``slots``, put those at ``index`` ``[B, n]`` (from its start) first."""
-        prefetched = getattr(self.cache, "prefetch_stream", None)
-        if prefetched is not None:  # an offloaded cache: the first layer is on its way back
-            torch.cuda.current_stream(index.device).wait_stream(prefetched)
-        for layer in self.cache.layers:
-            if not isinstance(layer, CacheLayerMixin) or not layer.is_initialized or layer.keys is None:
-                continue  # shared keys and values: another layer holds them
-            # Sliding layers hold the last slots only, static ones have more than are used.
-            used = slots if isinstance(layer, StaticLayer) else layer.keys.shape[-2]
-            start = used - region
-            for tensor in (layer.keys, layer.values):  # [B, heads, slots, width]
-                rows = (start + index.to(tensor.device))[:, None, :, None]
-                rows = rows.expand(-1, tensor.shape[1], -1, tensor.shape[-1])
-                # Gathering copies before the assignment, so overlapping slots are safe.
-                tensor[:, :, start : start + index.shape[1]] = tensor.gather(2, rows)

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import torch
 
+from .host_values import on_device
+
 
 class CachedSlots:
     """The slots of a batch.
@@ -72,7 +74,7 @@ class CachedSlots:
     def add(self, lengths: list[int]) -> None:
         """So many tokens more a row; the shorter rows get holes behind theirs."""
         steps = torch.arange(max(lengths), device=self.valid.device)
-        added = torch.tensor(lengths, device=self.valid.device)[:, None]
+        added = on_device(lengths, self.valid.device)[:, None]
         self.filled = [filled + length for filled, length in zip(self.filled, lengths, strict=True)]
         self.valid = torch.cat((self.valid, steps < added), dim=1)
         self.place = torch.cat((self.place, self.places(self.next_position + steps)), dim=1)
