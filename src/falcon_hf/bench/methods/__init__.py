@@ -53,7 +53,8 @@ def parse_method(spec: str) -> MethodSpec:
         raise BenchError(f"A label is letters, digits, '-', '_' and '.', got {given!r}.")
     if name not in METHODS:
         raise BenchError(f"Unknown method {name!r}; known: {', '.join(sorted(METHODS))}.")
-    method, settings = METHODS[name], {}
+    method = METHODS[name]
+    settings: dict[str, str] = {}
     if equals and (name == BASELINE) != (given == BASELINE):
         raise BenchError(f"{BASELINE!r} is the label of the baseline, and of nothing else: {spec!r}.")
     last = ""
