@@ -14,8 +14,9 @@ import pytest
 import torch
 from datasets import load_from_disk
 
-from falcon_hf.training import distillation
-from falcon_hf.training.distillation import DistillationSettings, asked_turns, distil, read_lines, save_dataset
+from falcon_hf.training import distillation, distillation_folder
+from falcon_hf.training.distillation import DistillationSettings, distil
+from falcon_hf.training.distillation_folder import asked_turns, read_lines, save_dataset
 from falcon_hf.training.errors import DistillationError
 from falcon_hf.training.features import target_digest
 
@@ -265,10 +266,10 @@ def test_sampled_answers_repeat_with_the_seed(target: Any, tmp_path: Path) -> No
 
 
 def test_what_saves_the_dataset_is_missed_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    distillation.need_datasets()  # the control
-    monkeypatch.setattr(distillation.importlib.util, "find_spec", lambda name: None)
+    distillation_folder.need_datasets()  # the control
+    monkeypatch.setattr(distillation_folder.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DistillationError, match=r"pip install 'falcon_hf\[train\]'"):
-        distillation.need_datasets()
+        distillation_folder.need_datasets()
 
 
 def test_damaged_lines_and_empty_folders_are_told(tmp_path: Path) -> None:
@@ -277,4 +278,4 @@ def test_damaged_lines_and_empty_folders_are_told(tmp_path: Path) -> None:
         read_lines(tmp_path / "dialogues.jsonl")
     with pytest.raises(DistillationError, match="no dialogues"):
         save_dataset(tmp_path / "nowhere")
-    assert distillation.read_lines(tmp_path / "nothing.jsonl") == []
+    assert distillation_folder.read_lines(tmp_path / "nothing.jsonl") == []

@@ -14,7 +14,8 @@ import torch
 
 from falcon_hf.runtime.target import fingerprint
 from falcon_hf.training.dataset import load_training_data
-from falcon_hf.training.distillation import DistillationSettings, distil, save_dataset
+from falcon_hf.training.distillation import DistillationSettings, distil
+from falcon_hf.training.distillation_folder import save_dataset
 from falcon_hf.training.distilled_features import find_distilled_features
 from falcon_hf.training.features import compute_features
 

@@ -10,7 +10,7 @@ import torch
 
 from falcon_hf.training import feature_source
 from falcon_hf.training.dataset import joined, load_training_data
-from falcon_hf.training.distillation import save_dataset
+from falcon_hf.training.distillation_folder import save_dataset
 from falcon_hf.training.feature_source import default_cache_folder, prepare_features
 from falcon_hf.training.features import FeatureCache, cache_key, compute_features, target_digest
 from falcon_hf.training.pipeline import train_drafter

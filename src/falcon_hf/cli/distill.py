@@ -11,7 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..bench.errors import BenchError
 from ..bench.question_sets import find_questions
 from ..bench.questions import read_lines
-from ..training.distillation import DistillationSettings, asked_turns, distil, need_datasets, save_dataset
+from ..training.distillation import DistillationSettings, distil
+from ..training.distillation_folder import asked_turns, need_datasets, save_dataset
 from ..training.errors import DistillationError
 from .console import (
     AUTO,

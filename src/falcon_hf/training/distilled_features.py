@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .dataset import TrainingData
-from .distillation import DIALOGUES, DIGEST, FEATURES, RECIPE
+from .distillation_folder import DIALOGUES, DIGEST, FEATURES, RECIPE
 from .features import held_digest
 
 logger = logging.getLogger(__name__)
