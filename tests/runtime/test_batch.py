@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from falcon_hf.runtime import target_session
+from falcon_hf.runtime import committed_cache
 from falcon_hf.runtime.committed_cache import CommittedCache
 from falcon_hf.runtime.configuration_falcon_drafter import FUSIONS
 from falcon_hf.runtime.target_session import cache_key
@@ -119,11 +119,11 @@ def test_records_are_plain_generates_until_a_row_ends(target, drafter, options):
 
 
 def always_compact(monkeypatch):
-    monkeypatch.setattr(target_session, "_WASTE_SHARE", 0.0)
+    monkeypatch.setattr(committed_cache, "_WASTE_SHARE", 0.0)
 
 
 def never_compact(monkeypatch):
-    monkeypatch.setattr(target_session, "_WASTE_SHARE", 1.0)
+    monkeypatch.setattr(committed_cache, "_WASTE_SHARE", 1.0)
 
 
 @pytest.mark.parametrize("when", [always_compact, never_compact])

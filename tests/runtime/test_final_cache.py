@@ -50,7 +50,7 @@ def positions_one_late(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = TargetSession.verify
 
     def verify(self, *args):
-        self.slots.next_position = self.slots.next_position + 1
+        self.committed.slots.next_position = self.committed.slots.next_position + 1
         return plain(self, *args)
 
     monkeypatch.setattr(TargetSession, "verify", verify)
