@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -81,6 +82,28 @@ def test_without_undoing_the_cache_holds_drafts(tiny_drafter, monkeypatch):
     assert int(cache.get_seq_length()) > text.shape[1]
 
 
+def fails_in_layer(target: Any, layer: int, call: int, run_it: Callable[[], Any]) -> None:
+    """Run what ends with an error at the n-th forward of a layer."""
+    calls = 0
+
+    def fail(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise GoneError
+
+    hook = target.model.layers[layer].register_forward_pre_hook(fail)
+    with pytest.raises(GoneError):
+        run_it()
+    hook.remove()
+
+
+def streamed(target: Any, drafter: Any, streamer: Leaving, cache: Any) -> Any:
+    """A greedy text into a streamer and a cache of the user's."""
+    options = {"do_sample": False, "max_new_tokens": LENGTH, cache_key(target): cache}
+    return run(target, 0, prompt_ids(VOCAB, 6), assistant_model=drafter, streamer=streamer, **options)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("undone", [True, False])
 def test_an_error_within_a_verification(tiny_drafter, monkeypatch, family, undone):
@@ -89,23 +112,11 @@ def test_an_error_within_a_verification(tiny_drafter, monkeypatch, family, undon
     drafter = tiny_drafter(target, tree=TREE)
     options = {"do_sample": False, "max_new_tokens": LENGTH}
     whole, _ = run(target, 0, prompt_ids(VOCAB, 6), **options)
-    streamer, cache, calls = Leaving(LENGTH), DynamicCache(config=target.config), 0
-
-    def fail(*_: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 4:  # the prefill and two rounds went well
-            raise GoneError
-
+    streamer, cache = Leaving(LENGTH), DynamicCache(config=target.config)
     if not undone:  # the control
         monkeypatch.setattr(CommittedCache, "whole_on_error", contextlib.nullcontext)
-    hook = target.model.layers[1].register_forward_pre_hook(fail)
-    with pytest.raises(GoneError):
-        run(
-            target, 0, prompt_ids(VOCAB, 6), assistant_model=drafter, streamer=streamer, **options,
-            **{cache_key(target): cache},
-        )  # fmt: skip
-    hook.remove()
+    # The prefill and some rounds go well.
+    fails_in_layer(target, 1, 4, lambda: streamed(target, drafter, streamer, cache))
     lengths = {int(layer.get_seq_length()) for layer in cache.layers}
     assert (len(lengths) == 1) == undone
     if undone:
@@ -115,9 +126,9 @@ def test_an_error_within_a_verification(tiny_drafter, monkeypatch, family, undon
         assert run(target, 0, text, **rest)[0].tolist() == whole.tolist()
 
 
-def broken_at(monkeypatch: pytest.MonkeyPatch, layer: int, call: int, name: str = "crop") -> None:
-    """The cache fails in its n-th call of a layer's ``name``."""
-    calls, own = 0, getattr(DynamicLayer, name)
+def broken_at(monkeypatch: pytest.MonkeyPatch, layer: int, call: int) -> None:
+    """The cache fails in its n-th call of a layer's ``crop``."""
+    calls, own = 0, DynamicLayer.crop
 
     def fail(self: Any, *given: Any) -> Any:
         nonlocal calls
@@ -135,7 +146,7 @@ def broken_at(monkeypatch: pytest.MonkeyPatch, layer: int, call: int, name: str 
         return outputs
 
     monkeypatch.setattr(TargetSession, "prefill", prefill)
-    monkeypatch.setattr(DynamicLayer, name, fail)
+    monkeypatch.setattr(DynamicLayer, "crop", fail)
 
 
 @pytest.mark.parametrize("undone", [True, False])
@@ -151,10 +162,7 @@ def test_an_error_while_drafts_are_dropped(tiny_drafter, monkeypatch, undone):
     with monkeypatch.context() as patched:
         broken_at(patched, layer=1, call=2)
         with pytest.raises(GoneError):
-            run(
-                target, 0, prompt_ids(VOCAB, 6), assistant_model=drafter, streamer=streamer, **options,
-                **{cache_key(target): cache},
-            )  # fmt: skip
+            streamed(target, drafter, streamer, cache)
     lengths = {int(layer.get_seq_length()) for layer in cache.layers}
     assert (len(lengths) == 1) == undone
     if undone:
@@ -171,23 +179,10 @@ def test_an_error_behind_a_convolution(tiny_drafter, monkeypatch, undone):
     drafter = tiny_drafter(target, tree=TREE)
     options = {"do_sample": False, "max_new_tokens": LENGTH}
     whole, _ = run(target, 0, prompt_ids(VOCAB, 6), **options)
-    streamer, cache, calls = Leaving(LENGTH), DynamicCache(config=target.config), 0
-
-    def fail(*_: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            raise GoneError
-
+    streamer, cache = Leaving(LENGTH), DynamicCache(config=target.config)
     if not undone:  # the control
         monkeypatch.setattr(CommittedCache, "whole_on_error", contextlib.nullcontext)
-    hook = target.model.layers[-1].register_forward_pre_hook(fail)
-    with pytest.raises(GoneError):
-        run(
-            target, 0, prompt_ids(VOCAB, 6), assistant_model=drafter, streamer=streamer, **options,
-            **{cache_key(target): cache},
-        )  # fmt: skip
-    hook.remove()
+    fails_in_layer(target, -1, 3, lambda: streamed(target, drafter, streamer, cache))
     text = torch.tensor([streamer.taken])
     rest = {"do_sample": False, "max_new_tokens": LENGTH - text.shape[1] + 6, cache_key(target): cache}
     if undone:
