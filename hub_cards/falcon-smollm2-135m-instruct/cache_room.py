@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
+from .lending import lend, take_back
+
 _LEAST_ROOM = 256  # slots; and at least a quarter of those in use, so that the copies of a long text are few
 _ROOM_SHARE = 4
 _DEVICES = ("cpu", "cuda")
@@ -38,34 +40,23 @@ class CacheRoom:
         self._cache = cache
         self._slots = slots
         self._rooms: dict[int, _Room] = {}
-        self._lent: list[DynamicLayer] = []
+        self._lent: list[tuple[DynamicLayer, Any]] = []
 
     def __enter__(self) -> None:
         if getattr(self._cache, "offloading", False):
             return
-        try:
-            for number, layer in enumerate(self._cache.layers):
-                if type(layer) is DynamicLayer and "update" not in vars(layer):
-                    room = self._rooms.setdefault(number, _Room(self._slots))
-                    self._lent.append(layer)
-                    vars(layer)["update"] = functools.partial(room.append, layer)
-        except BaseException:  # an interrupt: nobody calls __exit__ then
-            self._take_back()
-            raise
+        self._lent = [
+            (layer, functools.partial(self._rooms.setdefault(number, _Room(self._slots)).append, layer))
+            for number, layer in enumerate(self._cache.layers)
+            if type(layer) is DynamicLayer and "update" not in vars(layer)
+        ]
+        lend("update", self._lent)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        try:
-            self._take_back()
-        except BaseException:  # an interrupt
-            self._take_back()
-            raise
-
-    def _take_back(self) -> None:
-        while self._lent:
-            vars(self._lent[-1]).pop("update", None)
-            self._lent.pop()
+        take_back("update", self._lent)
+        self._lent = []
 
 
 class _Room:

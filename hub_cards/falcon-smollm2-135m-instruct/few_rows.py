@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 from .fused_norms import NativeNorm, fused_norm, plain_norm
 from .half_precision import multiplies_fast
+from .lending import lend, take_back
 from .native_kernel import DTYPES, compiled_kernel
 from .native_linear import NativeLinear
 from .native_products import has_native_tiles, native_product, serves_weight, takes_natively, takes_tiles
@@ -60,25 +61,12 @@ class FewRowProducts:
             ]
 
     def __enter__(self) -> None:
-        try:
-            for module, forward in self._forwards:
-                vars(module)["forward"] = forward  # not by setattr, which looks for parameters first
-        except BaseException:  # an interrupt: nobody calls __exit__ then
-            self._take_back()
-            raise
+        lend("forward", self._forwards)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        try:
-            self._take_back()
-        except BaseException:  # an interrupt
-            self._take_back()
-            raise
-
-    def _take_back(self) -> None:
-        for module, _ in self._forwards:
-            vars(module).pop("forward", None)  # another thread's call may have been here first
+        take_back("forward", self._forwards)
 
 
 def _cheaper_forward(module: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:

@@ -36,7 +36,7 @@ from safetensors.torch import load_file
 from ..runtime.configuration_falcon_drafter import FalconDrafterConfig
 from ..runtime.modeling_falcon_drafter import FalconDrafter
 from ..runtime.target import fingerprint_of
-from ..target_name import target_name as noted_name
+from ..runtime.target_name import target_name as noted_name
 from .errors import HubError
 from .recurrence import judge_recurrence
 

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from ..runtime.configuration_falcon_drafter import FalconDrafterConfig
 from ..runtime.repo_card import TAG, is_repo_id, shape_tag
 from ..runtime.target import FINGERPRINT_TOLERANCE, fingerprint, fingerprint_distance
-from ..target_name import target_name
+from ..runtime.target_name import target_name
 from .errors import HubError
 
 logger = logging.getLogger(__name__)

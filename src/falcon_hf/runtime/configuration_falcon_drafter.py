@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .machine_trees import MachineTrees
 from .suffix_lookup import SuffixLookup
+from .target_name import target_name
 from .tree_shape import TreeShape
 
 FUSIONS = ("lstm", "lstm_stateless", "linear")
@@ -291,7 +292,7 @@ class FalconDrafterConfig(PreTrainedConfig):
             # One entry per layer type (gemma3, olmo3, ...): the drafter has a single full-attention layer.
             fields["rope_parameters"] = rope.get("full_attention")
         fields["logit_scale"], fields["logit_softcap"] = _head_scaling(text)
-        fields["target_name_or_path"] = getattr(config, "_name_or_path", None) or None
+        fields["target_name_or_path"] = target_name(getattr(config, "_name_or_path", None))
         fields["target_model_type"] = text.model_type
         if model is not None:
             from .target import fingerprint

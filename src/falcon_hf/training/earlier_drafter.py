@@ -13,7 +13,7 @@ from ..drafter_loading import DrafterError, load_drafter
 from ..runtime.configuration_falcon_drafter import FalconDrafterConfig
 from ..runtime.modeling_falcon_drafter import FalconDrafter
 from ..runtime.target import fingerprint
-from ..target_name import target_name
+from ..runtime.target_name import target_name
 from .dataset import TrainingData
 from .draft_vocabulary import choose_draft_vocabulary, coverage
 from .errors import TrainingError

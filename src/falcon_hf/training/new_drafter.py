@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from ..runtime.configuration_falcon_drafter import FalconDrafterConfig
 from ..runtime.modeling_falcon_drafter import FalconDrafter
 from ..runtime.target import input_embeddings
-from ..target_name import target_name
 from .dataset import TrainingData
 from .draft_vocabulary import choose_draft_vocabulary, control_tokens, coverage
 from .earlier_drafter import earlier_drafter
@@ -57,7 +56,6 @@ def make_drafter(
         config = FalconDrafterConfig.from_target(target, block_size=plan.block_size, fusion=plan.fusion, **overrides)
     except (TypeError, ValueError) as error:
         raise TrainingError(f"No such drafter: {error}") from error
-    config.target_name_or_path = target_name(config.target_name_or_path)
     plan.check_feature_layers(config.feature_layers, int(text.num_hidden_layers))
     drafter = FalconDrafter(config)
     if plan.target_layers:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig
 
+from falcon_hf import FalconDrafterConfig
 from falcon_hf.runtime.repo_card import is_repo_id
-from falcon_hf.target_name import target_name
+from falcon_hf.runtime.target_name import target_name
 
 
 @pytest.mark.parametrize("given", ["models/llama", "./models/llama", "models/llama/", "llama", "../here/llama"])
@@ -21,6 +23,8 @@ def test_a_folder_is_no_repo(given: str, tmp_path: Path, monkeypatch: pytest.Mon
     assert noted.startswith(".")
     assert not is_repo_id(noted)
     assert target_name(noted) == noted
+    config = LlamaConfig(name_or_path=given)
+    assert FalconDrafterConfig.from_target(config).target_name_or_path == noted
 
 
 def test_others_are_as_given(tmp_path: Path) -> None:
